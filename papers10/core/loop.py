@@ -79,7 +79,7 @@ class History:
         rows = [(record["step"], record[key]) for record in self.records if key in record]
         return [step for step, _ in rows], [value for _, value in rows]
 
-# %% ../../nbs/shared/core/loop.ipynb #efd1d8f9
+# %% ../../nbs/shared/core/loop.ipynb #fbaf3b4b
 class _Repeated:
     """Endless iterator over something that can be iterated again; the caller's own iterators are used as they are."""
 
@@ -123,6 +123,7 @@ class TrainState:
     average: dict[str, Tensor] | None = field(default=None, repr=False)
     scaler: Any = field(default=None, repr=False)
     journal: dict | None = field(default=None, repr=False)
+    settings: dict | None = field(default=None, repr=False)
     resized: set[str] = field(default_factory=set)
 
     def draw(self):
@@ -334,7 +335,7 @@ def _progress(run, total: int, start: int, description: str):
 
         yield update
 
-# %% ../../nbs/shared/core/loop.ipynb #56e98c7d
+# %% ../../nbs/shared/core/loop.ipynb #f761e85f
 def _evaluate(state: TrainState, evaluate: Callable, device: torch.device) -> dict[str, float]:
     wrapped = state.model
     # Without its wrapper the model may be called a different number of times in each process.
@@ -383,6 +384,7 @@ def train(
         raise ValueError("optimizer: expected at least one parameter, got none")
     decides = config.model_dump(exclude={"save_every", "keep", "max_seconds", "nonfinite_limit"})
     state.config = {**state.config, "loop": decides}
+    state.settings = checkpoint.optimizer_settings(state.optimizer)
     if config.ema is not None and state.average is None:
         parameters = distributed.unwrap(state.model).named_parameters()
         state.average = {key: p.detach().clone().float() if p.dtype.itemsize < 4 else p.detach().clone() for key, p in parameters}
