@@ -9,7 +9,7 @@ PRESET ?= small
 ARGS ?=
 DOCS ?= _docs
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements/constraints.txt
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 STEP = @printf '\n== %s\n'
@@ -70,7 +70,6 @@ test:
 
 check-style: $(DEV)
 	@$(BIN)/ruff check tests
-	@$(BIN)/ruff format --check --quiet tests || { echo "run: $(BIN)/ruff format tests"; exit 1; }
 
 check-export: $(DEV)
 	@$(BIN)/python -m papers10.core.site unchanged
@@ -82,10 +81,12 @@ check-notebooks: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m papers10.core.site execute
 
 check-tests: $(DEV)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs $(ARGS)
 
 install: $(BASE)
+	@:
 install-dev: $(DEV)
+	@:
 
 $(BASE): pyproject.toml requirements/constraints.txt | $(BIN)/python
 	@echo "installing papers10 in $(VENV) (the first time takes a few minutes)"

@@ -315,7 +315,7 @@ def _fingerprints(root: Path) -> dict[str, str]:
     files = [*notebooks(root / "nbs"), *(root / "papers10").rglob("*.py"), *(root / "kernels").glob("*.py")]
     return {os.path.relpath(path, root): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-# %% ../../nbs/shared/core/site.ipynb #ba16b2aa
+# %% ../../nbs/shared/core/site.ipynb #38868881
 def process(out: Path, *, workers: int = 2) -> list[Path]:
     """Turns the notebooks into pages as nbdev does, with sources shown, in `out`.
 
@@ -467,7 +467,8 @@ def _reference(call: str, names: dict) -> str:
                 names[error.name] = type(error.name, (), {})
 
 
-_SECTIONS = ("Args", "Arguments", "Attributes", "Returns", "Yields", "Raises", "Source", "Sources", "Example", "Note")
+_SECTIONS = ("Args", "Arguments", "Attributes", "Fields", "Forward", "Returns", "Yields", "Raises", "Source", "Sources", "Example", "Note")
+_NAMED_SECTIONS = ("Args", "Arguments", "Attributes", "Raises")
 
 
 def docstring_sections(text: str) -> str:
@@ -494,18 +495,20 @@ def docstring_sections(text: str) -> str:
                 break
             block.append(lines[index])
             index += 1
-        items: list[str] = [head[2]] if head[2] else []
-        for line in textwrap.dedent("\n".join(block)).splitlines():
-            if line.startswith(" ") and items:
-                items[-1] += " " + line.strip()
-            elif line.strip():
-                items.append(line.strip())
-        named = head[1] in ("Args", "Arguments", "Attributes", "Raises")
+        inside = textwrap.dedent("\n".join(block)).splitlines()
         result += ["", f"**{head[1]}**", ""]
-        if named:
+        if head[2]:
+            result.append(head[2])
+        if head[1] in _NAMED_SECTIONS:
+            items: list[str] = []
+            for line in inside:
+                if line.startswith(" ") and items:
+                    items[-1] += " " + line.strip()
+                elif line.strip():
+                    items.append(line.strip())
             result += [f"- {_named_item(item)}" for item in items]
         else:
-            result.append(" ".join(items))
+            result += inside
         result.append("")
     return "\n".join(result)
 

@@ -1,0 +1,72 @@
+"""Starting is cheap: the package and the command line's help load neither torch nor any optional package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = [
+    "torch",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "wandb",
+    "triton",
+]
+HEAVY += ["numba", "papermill", "nbdev", "IPython"]
+LIGHT_MODULES = ["papers10", "papers10.cli"]
+LIGHT_MODULES += [
+    f"papers10.core.{name}" for name in ("optional", "settings", "config", "presets", "claims", "results", "data")
+]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("COV_", "PYTEST_"))}
+
+
+def python(code: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_import_loads_nothing_heavy(module):
+    loaded = python(f"import {module}, sys; print([name for name in {HEAVY!r} if name in sys.modules])")
+    heavy = {"torch", "transformers", "datasets", "accelerate", "wandb", "triton", "numba", "nbdev"}
+    assert heavy & set(eval(loaded)) == set()
+
+
+def test_importing_the_package_takes_under_a_fifth_of_a_second():
+    # The best of five, because other processes may be running on this machine.
+    code = "import time; start = time.perf_counter(); import papers10; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(5)) < 0.2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"]])
+def test_help_and_list_load_no_torch(arguments):
+    code = (
+        "import sys\n"
+        f"sys.argv = ['papers10', *{arguments!r}]\n"
+        "from papers10.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert "LOADED []" in python(code).splitlines()[-1]
+
+
+def test_help_starts_within_half_a_second():
+    script = Path(sys.executable).with_name("papers10")
+    if not script.exists():
+        pytest.skip("the console script is not installed beside this Python")
+    code = (
+        "import subprocess, time; start = time.perf_counter(); "
+        f"subprocess.run([{str(script)!r}, '--help'], check=True, capture_output=True); print(time.perf_counter() - start)"
+    )
+    # 0.5 s is the aim on an idle machine; the best of five leaves room for another process beside this one.
+    assert min(float(python(code)) for _ in range(5)) < 0.75
