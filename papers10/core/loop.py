@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/core/loop.html.md"""
 # %% auto #0
 __all__ = ['LoopConfig', 'History', 'TrainState', 'float32_modules', 'train']
 
-# %% ../../nbs/shared/core/loop.ipynb #2e6e4c43
+# %% ../../nbs/shared/core/loop.ipynb #afdcab65
 import math
 import sys
 import time
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -253,15 +254,16 @@ def float32_modules(model: nn.Module):
             else:
                 module.forward = forward
 
-# %% ../../nbs/shared/core/loop.ipynb #de1176a1
-def _scalar(name: str, value) -> Tensor | float:
+# %% ../../nbs/shared/core/loop.ipynb #c105e66a
+def _scalar(source: str, name: str, value) -> Tensor | float:
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"step_fn[{name!r}]: expected one number, got shape {tuple(value.shape)}")
-        return value.detach().double().reshape(())
-    if isinstance(value, (int, float)):
+            raise ValueError(f"{source}[{name!r}]: expected one number, got shape {tuple(value.shape)}")
+        # Apple's GPUs have no float64.
+        return value.detach().reshape(()).to(torch.float32 if value.device.type == "mps" else torch.float64)
+    if isinstance(value, Real):
         return float(value)
-    raise TypeError(f"step_fn[{name!r}]: expected a number, got {type(value).__name__}")
+    raise TypeError(f"{source}[{name!r}]: expected a number, got {type(value).__name__}")
 
 
 def _update(state: TrainState, step_fn: Callable, config: LoopConfig, stop: bool) -> tuple[dict[str, float], bool, bool]:
@@ -278,7 +280,7 @@ def _update(state: TrainState, step_fn: Callable, config: LoopConfig, stop: bool
                 values = step_fn(state, batch)
             if not isinstance(values, Mapping) or not isinstance(values.get("loss"), Tensor):
                 raise TypeError(f"step_fn: expected a mapping with a tensor 'loss', got {type(values).__name__}")
-            numbers = {name: _scalar(name, value) for name, value in values.items()}
+            numbers = {name: _scalar("step_fn", name, value) for name, value in values.items()}
             loss = values["loss"].reshape(()) / config.accumulate
             (state.scaler.scale(loss) if state.scaler else loss).backward()
         for name, number in numbers.items():
@@ -335,7 +337,7 @@ def _progress(run, total: int, start: int, description: str):
 
         yield update
 
-# %% ../../nbs/shared/core/loop.ipynb #f761e85f
+# %% ../../nbs/shared/core/loop.ipynb #f780b149
 def _evaluate(state: TrainState, evaluate: Callable, device: torch.device) -> dict[str, float]:
     wrapped = state.model
     # Without its wrapper the model may be called a different number of times in each process.
@@ -346,7 +348,7 @@ def _evaluate(state: TrainState, evaluate: Callable, device: torch.device) -> di
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         state.model.eval()
         try:
-            values = evaluate(state)
+            values = {name: _scalar("evaluate", name, value) for name, value in evaluate(state).items()}
         finally:
             state.model = wrapped
             for module, mode in training:
@@ -372,6 +374,8 @@ def train(
     folder: of the checkpoints, instead of the run's; without run and folder nothing is written.
     evaluate(state) -> {name: number}: called in eval mode without gradients; `with state.averaged():` inside it for the
         averaged weights. after_step: functions of the state, called after every step; `state.metrics` is the step's.
+    Under several processes every parameter must take part in every loss; for a model where some do not, call
+    `distributed.prepare(state, find_unused=True)` before.
     Raises `NonFiniteError` after more than `config.nonfinite_limit` skipped steps in a row, `CheckpointMismatch` when the
     folder belongs to another configuration, `ValueError`/`TypeError` for what `step_fn` must not return.
     """

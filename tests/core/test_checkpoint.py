@@ -1,5 +1,6 @@
 """Checkpoints: a run that was killed, wherever, ends like one that was not."""
 
+import functools
 import json
 import os
 import random
@@ -64,8 +65,14 @@ def build(data=None, **options):
     model = Tied()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.pop("lr", 0.01))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, STEPS)
-    generators = {"torch": torch.Generator().manual_seed(1), "numpy": numpy.random.default_rng(2), "python": random.Random(3)}
-    return TrainState(model, optimizer, scheduler, Batches() if data is None else data, generators, {"counter": Counter()}, **options)
+    generators = {
+        "torch": torch.Generator().manual_seed(1),
+        "numpy": numpy.random.default_rng(2),
+        "python": random.Random(3),
+    }
+    return TrainState(
+        model, optimizer, scheduler, Batches() if data is None else data, generators, {"counter": Counter()}, **options
+    )
 
 
 def step(state, ids):
@@ -89,7 +96,18 @@ def step_free_loss(model):
 
 
 def settings(**changes):
-    return LoopConfig(**{"steps": STEPS, "save_every": EVERY, "log_every": 4, "eval_every": 6, "ema": 0.9, "accumulate": 2, "keep": 2, **changes})
+    return LoopConfig(
+        **{
+            "steps": STEPS,
+            "save_every": EVERY,
+            "log_every": 4,
+            "eval_every": 6,
+            "ema": 0.9,
+            "accumulate": 2,
+            "keep": 2,
+            **changes,
+        }
+    )
 
 
 def outcome(state, history):
@@ -128,18 +146,24 @@ def killed_child(folder, arrange, **changes):
     """Run the training in a forked process that `arrange` prepares to die; returns the signal that ended it."""
     child = os.fork()
     if child == 0:
+        status = 3
         try:
             arrange()
             run_all(folder, **changes)
-        except BaseException:
-            os._exit(3)
-        os._exit(0)
+            status = 0
+        finally:
+            os._exit(status)
     _, status = os.waitpid(child, 0)
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
 
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def alarm(delay):
+    signal.signal(signal.SIGALRM, lambda *_: die())
+    signal.setitimer(signal.ITIMER_REAL, delay)
 
 
 POINTS = ["before", "model", "optimizer", "extras", "state", "rename", "after"]
@@ -199,12 +223,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     for attempt in range(12):
         folder = tmp_path / str(attempt)
         for _ in range(moments.randint(1, 3)):
-
-            def arrange(delay=moments.uniform(0.002, 0.12)):
-                signal.signal(signal.SIGALRM, lambda *_: die())
-                signal.setitimer(signal.ITIMER_REAL, delay)
-
-            assert killed_child(folder, arrange) in (signal.SIGKILL, 0)
+            assert killed_child(folder, functools.partial(alarm, moments.uniform(0.002, 0.12))) in (signal.SIGKILL, 0)
         assert same(run_all(folder), whole)
 
 
@@ -267,8 +286,13 @@ def test_float16_scale_is_restored(tmp_path):
             if state.step == stop:
                 raise InterruptedError
 
-        history = train(state, lambda s, x: {"loss": (s.model(x).half() * 2000).float().square().mean() * 1e-4},
-                        LoopConfig(steps=12, save_every=4, amp="fp16", log_every=3, nonfinite_limit=20), folder=folder, after_step=[halt])
+        history = train(
+            state,
+            lambda s, x: {"loss": (s.model(x).half() * 2000).float().square().mean() * 1e-4},
+            LoopConfig(steps=12, save_every=4, amp="fp16", log_every=3, nonfinite_limit=20),
+            folder=folder,
+            after_step=[halt],
+        )
         return state.scaler.get_scale(), history.records, model.weight.tolist()
 
     expected = go(tmp_path / "whole")
@@ -291,7 +315,13 @@ def test_resized_parameters_come_back_with_their_size(tmp_path):
                 old = points["p"]
                 state.replace_parameters({old: nn.Parameter(old.detach()[rows] + 0.1)}, rows)
 
-        train(state, lambda s, b: {"loss": (points["p"] - 1).square().sum()}, LoopConfig(steps=12, save_every=3, ema=0.5), folder=folder, after_step=[grow])
+        train(
+            state,
+            lambda s, b: {"loss": (points["p"] - 1).square().sum()},
+            LoopConfig(steps=12, save_every=3, ema=0.5),
+            folder=folder,
+            after_step=[grow],
+        )
         return points["p"].detach(), state.average["p"]
 
     expected = go(tmp_path / "whole")
@@ -303,10 +333,10 @@ def test_resized_parameters_come_back_with_their_size(tmp_path):
 @pytest.mark.parametrize(
     "change, key",
     [
-        (dict(settings={"steps": 48}), "config.loop.steps"),
-        (dict(settings={"clip_norm": None}), "config.loop.clip_norm"),
-        (dict(build={"lr": 0.5, "config": {"data": "abc"}}), "config.data"),
-        (dict(build={"config": {"data": "abc"}}), "config.data"),
+        ({"settings": {"steps": 48}}, "config.loop.steps"),
+        ({"settings": {"clip_norm": None}}, "config.loop.clip_norm"),
+        ({"build": {"lr": 0.5, "config": {"data": "abc"}}}, "config.data"),
+        ({"build": {"config": {"data": "abc"}}}, "config.data"),
     ],
 )
 def test_another_configuration_is_refused_by_name(tmp_path, change, key):
@@ -405,8 +435,17 @@ def test_failed_writing_leaves_nothing_half(tmp_path, monkeypatch):
 def test_tensors_of_every_kind(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
-        "transposed": base.t(), "slice": base[1:3], "column": base[:, 2], "same": base, "again": base, "empty": torch.empty(0, 3),
-        "empty2": torch.empty(0, 3), "scalar": torch.tensor(3), "half": base.half(), "bf16": base.bfloat16(), "bool": base > 3,
+        "transposed": base.t(),
+        "slice": base[1:3],
+        "column": base[:, 2],
+        "same": base,
+        "again": base,
+        "empty": torch.empty(0, 3),
+        "empty2": torch.empty(0, 3),
+        "scalar": torch.tensor(3),
+        "half": base.half(),
+        "bf16": base.bfloat16(),
+        "bool": base > 3,
         "double": base.double(),
     }
     checkpoint.save_tensors(tensors, tmp_path / "x.safetensors")
@@ -422,12 +461,14 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     state = build()
     checkpoint.save(tmp_path, state)
     with safe_open(tmp_path / "step-00000000" / "model.safetensors", "pt") as file:
-        assert "embed.weight" in file.keys() and "head.weight" not in file.keys()
+        assert "embed.weight" in file and "head.weight" not in file
     other = build()
     with torch.no_grad():
         other.model.embed.weight.zero_()
     checkpoint.load(tmp_path, other)
-    assert other.model.head.weight is other.model.embed.weight and torch.equal(other.model.embed.weight, state.model.embed.weight)
+    assert other.model.head.weight is other.model.embed.weight and torch.equal(
+        other.model.embed.weight, state.model.embed.weight
+    )
 
 
 def test_float32_moments_of_bfloat16_parameters_stay_exact(tmp_path):

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from torch import nn
 
 from papers10.core import distributed
 from papers10.core.distributed import merge_moments, owner_of, owners
@@ -41,7 +39,11 @@ def test_merged_moments_are_those_of_the_whole(a, b, offset):
 @given(numbers, numbers, numbers)
 def test_the_merge_is_associative_and_commutative(a, b, c):
     a, b, c = moments(a), moments(b), moments(c)
-    left, right, turned = merge_moments(*merge_moments(*a, *b), *c), merge_moments(*a, *merge_moments(*b, *c)), merge_moments(*c, *merge_moments(*b, *a))
+    left, right, turned = (
+        merge_moments(*merge_moments(*a, *b), *c),
+        merge_moments(*a, *merge_moments(*b, *c)),
+        merge_moments(*c, *merge_moments(*b, *a)),
+    )
     for other in (right, turned):
         assert all(torch.isclose(x, y, rtol=1e-9, atol=1e-6) for x, y in zip(left, other))
 
@@ -156,7 +158,21 @@ distributed.finish()
 # accelerate starts several CPU processes by itself only under MPI; --multi_gpu with ACCELERATE_USE_CPU starts them as on GPUs.
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ],
     "one": [],
 }
 
@@ -168,7 +184,11 @@ def launch(folder, launcher, *arguments, stop=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], str(program), str(folder), str(stop), *arguments],
-        env=environment, capture_output=True, text=True, timeout=200,
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     if stop:
         assert done.returncode != 0 and not (folder / "result.json").exists()

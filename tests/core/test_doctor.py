@@ -19,7 +19,9 @@ def test_extras_are_those_of_the_metadata():
     assert set(wanted) == {"", *importlib.metadata.metadata("papers10").get_all("Provides-Extra")}
     assert {"torch", "pydantic", "typer"} <= set(names(wanted[""])) and "wandb" not in names(wanted[""])
     # extras that include others are written out, without repeats
-    assert {"numba", "transformers", "pytest"} <= set(names(wanted["dev"])) and len(set(names(wanted["dev"]))) == len(wanted["dev"])
+    assert {"numba", "transformers", "pytest"} <= set(names(wanted["dev"])) and len(set(names(wanted["dev"]))) == len(
+        wanted["dev"]
+    )
 
 
 @pytest.fixture
@@ -41,13 +43,26 @@ def fake_metadata(monkeypatch):
 
 def test_states_of_packages(fake_metadata, monkeypatch):
     fake_metadata(
-        ["pytest>=1", 'pluggy>=1; extra == "good"', 'no-such-package-x>=1; extra == "absent"', 'pluggy>=999; extra == "old"', 'iniconfig; extra == "faulty"', 'papers10[good,absent]; extra == "both"'],
+        [
+            "pytest>=1",
+            'pluggy>=1; extra == "good"',
+            'no-such-package-x>=1; extra == "absent"',
+            'pluggy>=999; extra == "old"',
+            'iniconfig; extra == "faulty"',
+            'papers10[good,absent]; extra == "both"',
+        ],
         ["good", "absent", "old", "faulty", "both"],
     )
     monkeypatch.setattr(doctor, "_import_all", lambda modules: {"iniconfig": "ImportError: half an upgrade"})
     rows = {row["name"]: row for row in doctor.package_rows()}
     assert {name: row["state"] for name, row in rows.items()} == {
-        "base": "works", "good": "works", "absent": "missing", "old": "broken", "faulty": "broken", "both": "missing"}
+        "base": "works",
+        "good": "works",
+        "absent": "missing",
+        "old": "broken",
+        "faulty": "broken",
+        "both": "missing",
+    }
     assert rows["absent"]["type"] == "pip install 'papers10[absent]'" and "no-such-package-x" in rows["absent"]["found"]
     assert "outside >=999" in rows["old"]["found"] and "--upgrade" in rows["old"]["type"]
     assert "half an upgrade" in rows["faulty"]["found"]
@@ -67,7 +82,9 @@ def test_modules_that_fail_crash_or_hang(tmp_path, monkeypatch):
     (tmp_path / "talks_here.py").write_text("print('[1, 2]'); print('hello')")
     (tmp_path / "hangs_here.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    failures = doctor._import_all(["json", "fails_here", "crashes_here", "leaves_here", "talks_here", "hangs_here", "re"], seconds=3)
+    failures = doctor._import_all(
+        ["json", "fails_here", "crashes_here", "leaves_here", "talks_here", "hangs_here", "re"], seconds=3
+    )
     assert set(failures) == {"fails_here", "crashes_here", "leaves_here", "hangs_here"}
     assert failures["fails_here"] == "RuntimeError: no" and "no answer" in failures["hangs_here"]
 
@@ -113,7 +130,13 @@ def test_a_check_that_fails_is_a_row(monkeypatch):
 
 @pytest.mark.parametrize("state, code", [("works", 0), ("missing", 0), ("note", 0), ("broken", 1)])
 def test_exit_code_and_outputs(state, code, monkeypatch, capsys):
-    row = {"area": "packages", "name": "x[y]", "state": state, "found": "papers10[lm] 1.0", "type": "pip install 'papers10[lm]'"}
+    row = {
+        "area": "packages",
+        "name": "x[y]",
+        "state": state,
+        "found": "papers10[lm] 1.0",
+        "type": "pip install 'papers10[lm]'",
+    }
     monkeypatch.setattr(doctor, "report", lambda: [row])
     monkeypatch.setenv("COLUMNS", "120")
     assert doctor.main(json=True) == code
@@ -141,7 +164,11 @@ def test_data_states(monkeypatch):
     module.sources = lambda: [{"name": "digits"}, "lost", types.SimpleNamespace(name="changed")]
     monkeypatch.setitem(sys.modules, "papers10.core.data", module)
     monkeypatch.setattr(sys.modules["papers10.core"], "data", module, raising=False)
-    assert [(row["name"], row["state"]) for row in doctor._data_rows()] == [("digits", "works"), ("lost", "missing"), ("changed", "broken")]
+    assert [(row["name"], row["state"]) for row in doctor._data_rows()] == [
+        ("digits", "works"),
+        ("lost", "missing"),
+        ("changed", "broken"),
+    ]
 
 
 def test_no_card_without_triton(monkeypatch):

@@ -32,7 +32,10 @@ def mean_square(state, batch):
 
 def batches(number, size, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, 3, generator=generator, dtype=dtype), torch.randn(size, 1, generator=generator, dtype=dtype)) for _ in range(number)]
+    return [
+        (torch.randn(size, 3, generator=generator, dtype=dtype), torch.randn(size, 1, generator=generator, dtype=dtype))
+        for _ in range(number)
+    ]
 
 
 def build(data, **options):
@@ -83,14 +86,19 @@ def test_without_clipping_gradients_stay_as_they_are():
     free = (state.model.weight - before).norm()
     state = build(data, lr=1.0)
     train(state, lambda s, b: {"loss": 100 * mean_square(s, b)["loss"]}, LoopConfig(steps=1, clip_norm=0.1))
-    assert free > 1 > 0.1 >= (state.model.weight - before).norm() * 0.999
+    assert free > 1 and (state.model.weight - before).norm() * 0.999 <= 0.1
 
 
 def test_average_of_the_weights():
     data = batches(5, 4)
     state, seen = build(data), []
     start = state.model.weight.detach().clone()
-    train(state, mean_square, LoopConfig(steps=5, ema=0.8), after_step=[lambda s: seen.append(s.model.weight.detach().clone())])
+    train(
+        state,
+        mean_square,
+        LoopConfig(steps=5, ema=0.8),
+        after_step=[lambda s: seen.append(s.model.weight.detach().clone())],
+    )
     expected = start
     for weight in seen:
         expected = expected * 0.8 + weight * 0.2
@@ -98,9 +106,8 @@ def test_average_of_the_weights():
     with state.averaged() as model:
         torch.testing.assert_close(model.weight, expected)
     assert torch.equal(state.model.weight, trained)
-    with pytest.raises(ValueError, match="ema"):
-        with build(data).averaged():
-            pass
+    with pytest.raises(ValueError, match="ema"), build(data).averaged():
+        pass
 
 
 @pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -129,9 +136,8 @@ def test_mixed_precision_spares_named_modules(amp, dtype):
 def test_fp32_modules_must_exist():
     model = nn.Sequential(nn.Linear(1, 1))
     model.fp32_modules = ("gates",)
-    with pytest.raises(ValueError, match="fp32_modules.*gates"):
-        with float32_modules(model):
-            pass
+    with pytest.raises(ValueError, match="fp32_modules.*gates"), float32_modules(model):
+        pass
 
 
 def test_float16_overflow_lowers_the_scale_before_it_counts():
@@ -160,7 +166,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(value):
     data = batches(10, 4)
     state, weights = build(data), []
     history = train(
-        state, broken(4, 7, value), LoopConfig(steps=10, nonfinite_limit=3, log_every=1),
+        state,
+        broken(4, 7, value),
+        LoopConfig(steps=10, nonfinite_limit=3, log_every=1),
         after_step=[lambda s: weights.append(s.model.weight.detach().clone())],
     )
     assert history.skipped == 3 and history.last("skipped") == 3
@@ -274,6 +282,30 @@ def test_bad_step_functions(step_fn, message):
         train(build(batches(2, 4)), step_fn, LoopConfig(steps=1))
 
 
+def test_numbers_of_an_evaluation_are_checked_and_may_be_numpy():
+    import numpy
+
+    config = LoopConfig(steps=1)
+    history = train(
+        build(batches(1, 4)), mean_square, config, evaluate=lambda s: {"a": numpy.float32(0.5), "b": torch.tensor([2])}
+    )
+    assert history.last("a") == 0.5 and history.last("b") == 2.0
+    with pytest.raises(TypeError, match=r"evaluate\['a'\]: expected a number, got NoneType"):
+        train(build(batches(1, 4)), mean_square, config, evaluate=lambda s: {"a": None})
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_one_bar_on_a_terminal_and_none_in_a_file(terminal, monkeypatch):
+    import io
+    import sys
+
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    train(build(batches(3, 4)), mean_square, LoopConfig(steps=3), name="arm")
+    assert ("arm:" in stream.getvalue()) == terminal and "\n" not in stream.getvalue()
+
+
 def test_batches_that_end():
     with pytest.raises(ValueError, match="ended after 2 batches"):
         train(build(iter(batches(2, 4))), mean_square, LoopConfig(steps=3))
@@ -283,7 +315,17 @@ def test_batches_that_end():
     assert state.draw() is None
 
 
-@pytest.mark.parametrize("wrong", [{"steps": -1}, {"steps": 1, "accumulate": 0}, {"steps": 1, "amp": "int8"}, {"steps": 1, "ema": 1.0}, {"steps": 1, "clip": 1.0}, {"steps": 1.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": -1},
+        {"steps": 1, "accumulate": 0},
+        {"steps": 1, "amp": "int8"},
+        {"steps": 1, "ema": 1.0},
+        {"steps": 1, "clip": 1.0},
+        {"steps": 1.5},
+    ],
+)
 def test_bad_settings(wrong):
     with pytest.raises(ConfigError):
         LoopConfig(**wrong)
@@ -312,7 +354,11 @@ def test_replace_parameters_keeps_shared_names_and_moments():
             self.head.weight = self.embed.weight
 
     model = Tied()
-    state = TrainState(model, torch.optim.Adam(model.parameters(), lr=0.1), average={"embed.weight": model.embed.weight.detach().clone()})
+    state = TrainState(
+        model,
+        torch.optim.Adam(model.parameters(), lr=0.1),
+        average={"embed.weight": model.embed.weight.detach().clone()},
+    )
     model.head(model.embed(torch.tensor([0, 3]))).sum().backward()
     state.optimizer.step()
     old = model.embed.weight
@@ -322,7 +368,11 @@ def test_replace_parameters_keeps_shared_names_and_moments():
     state.replace_parameters({old: new}, rows)
     assert model.head.weight is model.embed.weight is new
     kept = state.optimizer.state[new]["exp_avg"]
-    assert torch.equal(kept[0], moments[3]) and torch.equal(kept[1], torch.zeros(2)) and state.average["embed.weight"].shape == (3, 2)
+    assert (
+        torch.equal(kept[0], moments[3])
+        and torch.equal(kept[1], torch.zeros(2))
+        and state.average["embed.weight"].shape == (3, 2)
+    )
     assert torch.equal(state.average["embed.weight"][1], torch.ones(2))
     assert state.resized == {"embed.weight", "head.weight"} and old not in state.optimizer.state
     with pytest.raises(ValueError, match="parameters of the model"):
