@@ -111,7 +111,7 @@ def _restore_global_generators(state: Mapping) -> None:
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 
-# %% ../../nbs/shared/core/checkpoint.ipynb #40cc8b17
+# %% ../../nbs/shared/core/checkpoint.ipynb #85da276d
 def _flatten(value, prefix: str) -> dict:
     if isinstance(value, Mapping):
         result = {}
@@ -119,7 +119,9 @@ def _flatten(value, prefix: str) -> dict:
             result.update(_flatten(item, f"{prefix}.{key}"))
         return result
     if isinstance(value, (list, tuple)):
-        return {prefix: [next(iter(_flatten(item, "").values()), None) for item in value]}
+        if any(isinstance(item, (Mapping, list, tuple)) for item in value):
+            return _flatten({str(index): item for index, item in enumerate(value)}, prefix)
+        return {prefix: [_flatten(item, "")[""] for item in value]}
     if isinstance(value, float) and not math.isfinite(value):
         return {prefix: str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -337,7 +337,7 @@ def _progress(run, total: int, start: int, description: str):
 
         yield update
 
-# %% ../../nbs/shared/core/loop.ipynb #f780b149
+# %% ../../nbs/shared/core/loop.ipynb #e05bda60
 def _evaluate(state: TrainState, evaluate: Callable, device: torch.device) -> dict[str, float]:
     wrapped = state.model
     # Without its wrapper the model may be called a different number of times in each process.
@@ -440,7 +440,7 @@ def train(
                 shown = dict(history.add(state.step, **_evaluate(state, evaluate, first.device)))
             if shown and run is not None and distributed.rank() == 0:
                 shown.pop("step")
-                run.log(state.step, name, **shown, seconds=history.seconds)
+                run.log(state.step, name, **{"seconds": history.seconds, **shown})
             if config.save_every and (state.step % config.save_every == 0 or last):
                 state.journal = {"records": history.records, "skipped": history.skipped, "seconds": history.seconds,
                                  "window": window, "in_a_row": in_a_row}

@@ -496,3 +496,18 @@ def test_generators_of_the_wrong_kind():
     first = mt.random(4)
     checkpoint.restore_generator(mt, state)
     assert numpy.array_equal(mt.random(4), first)
+
+
+def test_nested_configurations_are_compared_in_full(tmp_path):
+    nested = {
+        "layers": [{"kind": "a", "width": 4}, {"kind": "b", "width": 8}],
+        "dims": (1, 2),
+        "limit": float("inf"),
+        "none": None,
+    }
+    state = saved_small(tmp_path, config=nested)
+    checkpoint.load(tmp_path, state)
+    state.config = {**nested, "layers": [{"kind": "a", "width": 4}, {"kind": "b", "width": 9}]}
+    with pytest.raises(CheckpointMismatch) as caught:
+        checkpoint.load(tmp_path, state)
+    assert caught.value.keys == ["config.layers.1.width"]
