@@ -180,13 +180,7 @@ def check_same(*tensors: Any, what: str = "device", names: Iterable[str] | None 
             kind = TypeError if what == "dtype" else ValueError
             raise kind(f"{label}: expected {what} {found[0][1]} as {found[0][0]}, got {value}")
 
-# %% ../../nbs/shared/core/checks.ipynb #6d2b6e2c
-def check_shape(name: str, tensor: Any, pattern: str, dims: dict[str, int] | None = None) -> dict[str, int]:
-    """Bind or compare the letters of `pattern`, e.g. "B T H K", with the shape of `tensor`.
+# %% ../../nbs/shared/core/checks.ipynb #798fc991
+from ..kernels.common import check_shape
 
-    `dims` letters bound so far. Returns the bound letters. Raises ValueError that names the argument, what
-    came and what was wanted. See `papers10.kernels.common.check_shape`.
-    """
-    from papers10.kernels.common import check_shape as check
-
-    return check(name, tensor, pattern, {} if dims is None else dims)
+_all_ = ["check_shape"]
