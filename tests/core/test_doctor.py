@@ -161,7 +161,10 @@ def test_data_states(monkeypatch):
 
     module = types.ModuleType("papers10.core.data")
     module.ChecksumMismatch, module.locate = Wrong, locate
-    module.sources = lambda: [{"name": "digits"}, "lost", types.SimpleNamespace(name="changed")]
+    module.sources = lambda: [
+        types.SimpleNamespace(name=name, title="Title", licence="MIT", command=f"papers10 data get {name}")
+        for name in ("digits", "lost", "changed")
+    ]
     monkeypatch.setitem(sys.modules, "papers10.core.data", module)
     monkeypatch.setattr(sys.modules["papers10.core"], "data", module, raising=False)
     assert [(row["name"], row["state"]) for row in doctor._data_rows()] == [
