@@ -76,7 +76,7 @@ def test_constraints_pin_every_dependency_exactly_and_name_no_host():
         wanted.add(name)
     assert wanted - {"papers10"} <= canonical
     assert not any("+" in version for version in pins.values())
-    assert "http" not in text and "--" not in text
+    assert "://" not in text and "--" not in text
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
