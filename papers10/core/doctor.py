@@ -191,16 +191,18 @@ def measured_hardware(refresh: bool = False):
     entry = known[key]
     return Hardware(processor(), entry["bytes_per_s"], {"float32": entry["float32"]})
 
-# %% ../../nbs/shared/core/doctor.ipynb #8fbe755a
+# %% ../../nbs/shared/core/doctor.ipynb #d2d75be1
 def _system_rows() -> list[dict]:
     rows = []
     good = sys.version_info >= (3, 11)
-    rows.append(_row("system", "python", "works" if good else "broken", f"{platform.python_version()} on {platform.system()} {platform.machine()}", "" if good else "use Python 3.11 or newer"))
+    version = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    rows.append(_row("system", "python", "works" if good else "broken", version, "" if good else "use Python 3.11 or newer"))
     rows.append(_row("system", "papers10", "works", importlib.metadata.version("papers10")))
     try:
         chosen = settings()
         given = {name: value for name, value in os.environ.items() if name.startswith("PAPERS10_")}
-        rows.append(_row("system", "settings", "works", ", ".join(f"{name}={value}" for name, value in sorted(given.items())) or "no PAPERS10_ variable set"))
+        text = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
+        rows.append(_row("system", "settings", "works", text or "no PAPERS10_ variable set"))
     except ValueError as error:
         return [*rows, _row("system", "settings", "broken", str(error), "correct or unset the variable")]
     for name, folder in (("runs", chosen.runs), ("cache", chosen.home)):
@@ -219,9 +221,11 @@ def _folder_row(name: str, folder: Path) -> dict:
             pass
         free = shutil.disk_usage(place).free / 2**30
     except OSError as error:
-        return _row("system", f"{name} folder", "broken", f"{shown}: {error.strerror or error}", f"export {variable}=FOLDER (one that can be written)")
+        command = f"export {variable}=FOLDER (one that can be written)"
+        return _row("system", f"{name} folder", "broken", f"{shown}: {error.strerror or error}", command)
     if free < 1:
-        return _row("system", f"{name} folder", "note", f"{shown}: {free:.1f} GiB free", f"free some space, or export {variable}=FOLDER")
+        command = f"free some space, or export {variable}=FOLDER"
+        return _row("system", f"{name} folder", "note", f"{shown}: {free:.1f} GiB free", command)
     return _row("system", f"{name} folder", "works", f"{shown}: writable, {free:.0f} GiB free")
 
 
@@ -233,7 +237,8 @@ def _device_rows() -> list[dict]:
     rows = [_row("device", "torch", "works", f"{torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} threads")]
     try:
         limits = measured_hardware()
-        rows.append(_row("device", "cpu", "works", f"{limits.name}: copy {limits.bytes_per_s / 1e9:.1f} GB/s, float32 {limits.flops['float32'] / 1e9:.0f} GFLOP/s"))
+        speed = f"copy {limits.bytes_per_s / 1e9:.1f} GB/s, float32 {limits.flops['float32'] / 1e9:.0f} GFLOP/s"
+        rows.append(_row("device", "cpu", "works", f"{limits.name}: {speed}"))
     except Exception as error:
         rows.append(_row("device", "cpu", "broken", f"{type(error).__name__}: {error}", "pip install --upgrade torch"))
     if torch.cuda.is_available():
@@ -244,11 +249,13 @@ def _device_rows() -> list[dict]:
                 torch.ones(8, device=f"cuda:{index}").sum().item()
                 rows.append(_row("device", f"cuda:{index}", "works", text))
             except RuntimeError as error:
-                rows.append(_row("device", f"cuda:{index}", "broken", f"{text}: {str(error).splitlines()[0]}", "install the torch build for this driver"))
+                text = f"{text}: {str(error).splitlines()[0]}"
+                rows.append(_row("device", f"cuda:{index}", "broken", text, "install the torch build for this driver"))
     elif torch.backends.mps.is_available():
         rows.append(_row("device", "mps", "works", "Apple GPU"))
     elif shutil.which("nvidia-smi"):
-        rows.append(_row("device", "cuda", "note", "a driver is installed, but torch sees no card", "install the CUDA build of torch"))
+        text = "a driver is installed, but torch sees no card"
+        rows.append(_row("device", "cuda", "note", text, "install the CUDA build of torch"))
     else:
         rows.append(_row("device", "cuda", "note", "no card: kernels take their CPU path"))
     return rows

@@ -28,7 +28,7 @@ from .checks import NonFiniteError, nearest
 from .config import Config
 from .random import stream_seed
 
-# %% ../../nbs/shared/core/loop.ipynb #04f2c650
+# %% ../../nbs/shared/core/loop.ipynb #11c24df2
 class LoopConfig(Config):
     """How to train. Unknown names and wrong types are refused with the nearest valid name (`ConfigError`)."""
 
@@ -39,7 +39,7 @@ class LoopConfig(Config):
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
     save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: none")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
-    max_seconds: float | None = Field(default=None, gt=0, description="stop after this much training time, resumes included")
+    max_seconds: float | None = Field(default=None, gt=0, description="training time after which it stops, over all resumes")
     amp: Literal["bf16", "fp16"] | None = Field(default=None, description="autocast dtype; weights stay as they are")
     ema: float | None = Field(default=None, ge=0, lt=1, description="decay per step of the weights' moving average")
     nonfinite_limit: int = Field(default=10, ge=0, description="skipped steps in a row that are tolerated")
@@ -80,7 +80,7 @@ class History:
         rows = [(record["step"], record[key]) for record in self.records if key in record]
         return [step for step, _ in rows], [value for _, value in rows]
 
-# %% ../../nbs/shared/core/loop.ipynb #fbaf3b4b
+# %% ../../nbs/shared/core/loop.ipynb #8198110d
 class _Repeated:
     """Endless iterator over something that can be iterated again; the caller's own iterators are used as they are."""
 
@@ -102,7 +102,7 @@ class _Repeated:
 class TrainState:
     """Model, optimizer and all that moves with them.
 
-    model: module; `model.fp32_modules` (names or patterns) lists what mixed precision must not touch.
+    model: module; `fp32_modules` (names or patterns) of it or its parts lists what mixed precision must not touch.
     optimizer, scheduler: torch's; the scheduler is stepped once a step, so that a schedule follows `step`.
     batches: iterator (endless) or anything that can be iterated repeatedly. With `state_dict`/`load_state_dict` a resume
         restores the position; without, the resume draws the batches again that were used. None: the step function
@@ -136,7 +136,8 @@ class TrainState:
         try:
             batch = next(self.batches)
         except StopIteration:
-            raise ValueError(f"batches: expected an endless iterator, got one that ended after {self.drawn} batches") from None
+            message = f"batches: expected an endless iterator, got one that ended after {self.drawn} batches"
+            raise ValueError(message) from None
         self.drawn += 1
         return batch
 
@@ -204,7 +205,7 @@ class TrainState:
         if wrapped:
             distributed.prepare(self)
 
-# %% ../../nbs/shared/core/loop.ipynb #b0e94a48
+# %% ../../nbs/shared/core/loop.ipynb #7fbd8976
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
@@ -221,18 +222,21 @@ def _raised(value):
 
 @contextmanager
 def float32_modules(model: nn.Module):
-    """Context in which the modules named in `model.fp32_modules` compute in float32 under autocast.
+    """Context in which the modules named in `fp32_modules`, of the model or any part of it, compute in float32 under autocast.
 
-    A name means every module whose dotted name is it, ends with it, or matches it as a pattern (`*`, `?`).
+    A name means every module below its owner whose dotted name is it, ends with it, or matches it as a pattern (`*`, `?`).
     Raises `ValueError` for a name that means no module.
     """
-    patterns = tuple(getattr(model, "fp32_modules", ()))
-    modules = dict(model.named_modules())
-    chosen = {name: m for name, m in modules.items() if name and any(_matches(name, p) for p in patterns)}
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in chosen):
-            close = nearest(pattern, modules)
-            raise ValueError(f"fp32_modules: expected names of modules, got {pattern!r}" + (f" (did you mean {close!r}?)" if close else ""))
+    chosen: dict[int, nn.Module] = {}
+    for owner in list(model.modules()):
+        modules = {name: module for name, module in owner.named_modules() if name}
+        for pattern in getattr(owner, "fp32_modules", ()):
+            found = [module for name, module in modules.items() if _matches(name, pattern)]
+            if not found:
+                close = nearest(pattern, modules)
+                hint = f" (did you mean {close!r}?)" if close else ""
+                raise ValueError(f"{type(owner).__name__}.fp32_modules: expected names of its modules, got {pattern!r}{hint}")
+            chosen.update({id(module): module for module in found})
 
     def in_float32(module, forward):
         def call(*args, **kwargs):
@@ -337,7 +341,7 @@ def _progress(run, total: int, start: int, description: str):
 
         yield update
 
-# %% ../../nbs/shared/core/loop.ipynb #e05bda60
+# %% ../../nbs/shared/core/loop.ipynb #9114cd99
 def _evaluate(state: TrainState, evaluate: Callable, device: torch.device) -> dict[str, float]:
     wrapped = state.model
     # Without its wrapper the model may be called a different number of times in each process.
@@ -391,7 +395,7 @@ def train(
     state.settings = checkpoint.optimizer_settings(state.optimizer)
     if config.ema is not None and state.average is None:
         parameters = distributed.unwrap(state.model).named_parameters()
-        state.average = {key: p.detach().clone().float() if p.dtype.itemsize < 4 else p.detach().clone() for key, p in parameters}
+        state.average = {key: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for key, p in parameters}
     if config.amp == "fp16" and state.scaler is None:
         state.scaler = torch.amp.GradScaler(first.device.type)
     history, window, in_a_row = History(), {}, 0

@@ -140,6 +140,27 @@ def test_fp32_modules_must_exist():
         pass
 
 
+def test_fp32_modules_of_a_part():
+    class Part(nn.Module):
+        fp32_modules = ("gate",)
+
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.gate(x)
+
+    part, other = Part(), nn.Linear(2, 2)
+    model = nn.Sequential(nn.Sequential(part), other)
+    with torch.autocast("cpu", dtype=torch.bfloat16), float32_modules(model):
+        hidden = model[0](torch.ones(1, 2, dtype=torch.bfloat16))
+        assert hidden.dtype == torch.float32 and other(hidden).dtype == torch.bfloat16
+    part.fp32_modules = ("gaet",)
+    with pytest.raises(ValueError, match="Part.fp32_modules.*'gate'"), float32_modules(model):
+        pass
+
+
 def test_float16_overflow_lowers_the_scale_before_it_counts():
     data = batches(1, 4)
     state = build(data, lr=1e-4)
