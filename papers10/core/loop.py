@@ -205,7 +205,7 @@ class TrainState:
         if wrapped:
             distributed.prepare(self)
 
-# %% ../../nbs/shared/core/loop.ipynb #7fbd8976
+# %% ../../nbs/shared/core/loop.ipynb #d44e2d48
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
@@ -225,17 +225,17 @@ def float32_modules(model: nn.Module):
     """Context in which the modules named in `fp32_modules`, of the model or any part of it, compute in float32 under autocast.
 
     A name means every module below its owner whose dotted name is it, ends with it, or matches it as a pattern (`*`, `?`).
-    Raises `ValueError` for a name that means no module.
+    Raises `ValueError` for a name that means no module but nearly does.
     """
     chosen: dict[int, nn.Module] = {}
     for owner in list(model.modules()):
         modules = {name: module for name, module in owner.named_modules() if name}
         for pattern in getattr(owner, "fp32_modules", ()):
             found = [module for name, module in modules.items() if _matches(name, pattern)]
-            if not found:
-                close = nearest(pattern, modules)
-                hint = f" (did you mean {close!r}?)" if close else ""
-                raise ValueError(f"{type(owner).__name__}.fp32_modules: expected names of its modules, got {pattern!r}{hint}")
+            # A variant of the owner may lack the part; a name that is nearly another one is a slip.
+            if not found and (close := nearest(pattern, modules)):
+                place = f"{type(owner).__name__}.fp32_modules"
+                raise ValueError(f"{place}: expected names of its modules, got {pattern!r} (did you mean {close!r}?)")
             chosen.update({id(module): module for module in found})
 
     def in_float32(module, forward):
