@@ -6,10 +6,11 @@ Docs: https://papers10.github.io/papers10/shared/core/site.html.md"""
 
 # %% auto #0
 __all__ = ['repository', 'project', 'pages', 'notebooks', 'readme', 'settings_ini', 'documents', 'execute', 'unchanged',
-           'process', 'docstring_sections', 'build', 'check', 'serve', 'main']
+           'process', 'without_docstrings', 'docstring_sections', 'build', 'check', 'serve', 'main']
 
-# %% ../../nbs/shared/core/site.ipynb #5f972ba9
+# %% ../../nbs/shared/core/site.ipynb #685ab68c
 import argparse
+import ast
 import base64
 import hashlib
 import html
@@ -315,7 +316,7 @@ def _fingerprints(root: Path) -> dict[str, str]:
     files = [*notebooks(root / "nbs"), *(root / "papers10").rglob("*.py"), *(root / "kernels").glob("*.py")]
     return {os.path.relpath(path, root): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-# %% ../../nbs/shared/core/site.ipynb #8028439f
+# %% ../../nbs/shared/core/site.ipynb #a5911369
 def process(out: Path, *, workers: int = 2) -> list[Path]:
     """Turns the notebooks into pages as nbdev does, with sources shown, in `out`.
 
@@ -375,8 +376,6 @@ def _process_one(job: tuple[str, str, str]) -> None:
 
 def _page_filter(page: Path):
     """nbdev's chain of steps from notebook to page, with ours in their places."""
-    import ast
-
     from fastcore.xtras import dict2obj
     from nbdev.processors import FilterDefaults
 
@@ -388,6 +387,7 @@ def _page_filter(page: Path):
             return
         if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in cell.parsed_() or []):
             cell.directives_["exports"] = cell.directives_.pop("export")
+            cell.source = without_docstrings(cell.source)
 
     def link_files_of_the_repository(cell):
         if cell.cell_type == "markdown":
@@ -417,6 +417,7 @@ def _page_filter(page: Path):
                 return
             call = _options(cell.source)[1].strip()
             entry = _reference(call, self.names)
+            entry = re.sub(r"(?<=[:\[ >|])(?:jaxtyping|typing|collections\.abc|pathlib)\.(?=[A-Z])", "", entry)
             if re.search(r"```python\ndef [A-Z]", entry):
                 entry = entry.replace("```python\ndef ", "```python\nclass ", 1).replace(")->None:", "):", 1)
             data = {"text/markdown": docstring_sections(entry)}
@@ -489,6 +490,28 @@ def _reference(call: str, names: dict) -> str:
 
 _SECTIONS = ("Args", "Arguments", "Attributes", "Fields", "Forward", "Returns", "Yields", "Raises", "Source", "Sources", "Example", "Note")
 _NAMED_SECTIONS = ("Args", "Arguments", "Attributes", "Raises")
+
+
+def without_docstrings(source: str) -> str:
+    """Source as shown below a reference entry: the docstrings that the entry has just said are left out.
+
+    Args:
+        source: Python code of one cell.
+
+    Returns:
+        The code without the docstrings of its public functions and classes; methods and private helpers keep theirs.
+    """
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_") or len(node.body) < 2:
+            continue
+        first = node.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            end = first.end_lineno
+            while end < len(lines) and not lines[end].strip():
+                end += 1
+            del lines[first.lineno - 1 : end]
+    return "\n".join(lines)
 
 
 def docstring_sections(text: str) -> str:
