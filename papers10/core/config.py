@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 def _rebuild_error(cls, reason, state):
     return cls(reason, **state)
 
-# %% ../../nbs/shared/core/config.ipynb #1b726aeb
+# %% ../../nbs/shared/core/config.ipynb #fdb3814c
 def _takes_tuple(annotation: Any) -> bool:
     if annotation is tuple or typing.get_origin(annotation) is tuple:
         return True
@@ -58,11 +58,12 @@ def _nested_config(annotation: Any) -> "type[Config] | None":
 
 
 def _translate(cls: type[BaseModel], error: ValidationError, path: str) -> ConfigError:
-    first = error.errors()[0]
+    # A misspelt required key is both unknown and missing: the unknown name is the one to report.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     inner = first.get("ctx", {}).get("error")
     key = ".".join(str(part) for part in first["loc"])
     if isinstance(inner, ConfigError):
-        joined = ".".join(part for part in (key, inner.key) if part)
+        joined = ".".join(part for part in (key, inner.path, inner.key) if part)
         return ConfigError(inner.reason, path=path, key=joined, value=inner.value, nearest=inner.nearest)
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":
