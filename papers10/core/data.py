@@ -9,7 +9,7 @@ __all__ = ['DataMissing', 'LicenceNotAccepted', 'ChecksumMismatch', 'package_roo
            'licence', 'locate', 'available', 'FileCheck', 'file_sha256', 'verify', 'fetch', 'digits', 'ManifestEntry',
            'manifest', 'manifest_problems', 'manifest_update']
 
-# %% ../../nbs/shared/core/data.ipynb #73ab5b0e
+# %% ../../nbs/shared/core/data.ipynb #40f8969b
 import hashlib
 import importlib.util
 import os
@@ -32,6 +32,7 @@ from .optional import need
 from .settings import settings
 
 if TYPE_CHECKING:
+    from jaxtyping import Float32, Int64
     from torch import Tensor
 
 # %% ../../nbs/shared/core/data.ipynb #0a5fa121
@@ -352,8 +353,8 @@ def _fetch_hub(item: Source) -> None:
         ) from error
     os.replace(partial, target)
 
-# %% ../../nbs/shared/core/data.ipynb #a27e50e3
-def digits() -> "tuple[Tensor, Tensor]":
+# %% ../../nbs/shared/core/data.ipynb #4999bbb2
+def digits() -> "tuple[Float32[Tensor, 'image=1797 row=8 column=8'], Int64[Tensor, 'image=1797']]":
     """Handwritten digits: images float32 [1797, 8, 8] in [0, 1] and labels int64 [1797] in 0..9.
 
     Read from the file in scikit-learn without importing it. Source: UCI, CC-BY-4.0.

@@ -18,7 +18,7 @@ import numpy as np
 from .checks import check_choice, check_finite, check_range
 from .random import numpy_generator
 
-# %% ../../nbs/shared/core/stats.ipynb #71aa0f45
+# %% ../../nbs/shared/core/stats.ipynb #15fae1d9
 class Interval(NamedTuple):
     """A point with its interval: `mean`, `low`, `high`, `n` what was repeated (seeds, items or groups), `method`.
 
@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 def _vector(name: str, values: Any) -> np.ndarray:
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__}") from None
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
