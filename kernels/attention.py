@@ -127,7 +127,7 @@ def mask_mod(spec: MaskSpec, *, q_start: int = 0, k_start: int = 0):
 
     return rule
 
-# %% ../nbs/kernels/attention.ipynb #38c1dfd5
+# %% ../nbs/kernels/attention.ipynb #569fd409
 def _check(q: Tensor, k: Tensor, v: Tensor, valid) -> None:
     dims = check_shape("q", q, "B H Q D", {})
     dims = check_shape("k", k, "B G K D", dims)
@@ -153,9 +153,9 @@ def _allowed(q, k, mask, valid, q_start, k_start) -> tuple[Tensor | None, Tensor
         start, end = (bound.to(q.device)[:, None] for bound in valid)
         low, high = torch.maximum(low, start), torch.minimum(high, end)
         padding = (places < start) | (places >= end)
-        # A cross-attention mask without causality says nothing about where queries stand.
+        # Queries of a `full` rule may come from another sequence: its padding says nothing about them.
         if spec.mode == "full":
-            padding = (low >= high) & False
+            padding = torch.zeros_like(padding)
     empty = low >= high if padding is None else (low >= high) & ~padding
     if queries and bool(empty.any()):
         row, query = (int(i) for i in empty.nonzero()[0])
