@@ -5,7 +5,7 @@
   const input = document.getElementById("search");
   const results = document.getElementById("results");
   const index = window.SEARCH_INDEX || [];
-  const fold = (text) => text.normalize("NFKD").replace(/[\u0300-\u036f]/g, "").toLowerCase();
+  const fold = (text) => text.normalize("NFD").replace(/[\u0300-\u036f]/g, "").toLowerCase();
   const prepared = index.map((entry) => ({ ...entry, title: fold(entry.t), heading: fold(entry.h), text: fold(entry.x) }));
 
   const score = (entry, words) => {

@@ -563,7 +563,7 @@ def _named_item(item: str) -> str:
     names = ", ".join(f"`{name.strip()}`" for name in match[1].split(","))
     return f"{names}: {match[2]}"
 
-# %% ../../nbs/shared/core/site.ipynb #0914eb34
+# %% ../../nbs/shared/core/site.ipynb #00ec5903
 _MIME_ORDER = ("text/html", "image/svg+xml", "image/png", "image/jpeg", "image/gif", "text/markdown", "text/plain")
 _LONG_SOURCE = 40
 
@@ -590,6 +590,8 @@ def _page_source(notebook: dict, figures: Path, page: str, *, folded: bool = Fal
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             mime = next((mime for mime in _MIME_ORDER if mime in data), None)
+            if mime == "text/plain" and "application/vnd.jupyter.widget-view+json" in data:
+                continue  # a live widget; its plain text says nothing to a reader
             if mime in ("image/png", "image/jpeg", "image/gif"):
                 pictures += 1
                 alt = _alternative(options, output, mime)
@@ -670,7 +672,7 @@ def _pandoc(markdown: str) -> str:
     )
     return body
 
-# %% ../../nbs/shared/core/site.ipynb #4abe6ff6
+# %% ../../nbs/shared/core/site.ipynb #d50bcbaa
 def build(out: Path | str = "_docs", *, quarto: str = "auto", workers: int = 2) -> Path:
     """Builds the documentation site.
 
@@ -764,7 +766,7 @@ def _build_preview(processed: Path, order: Sequence[Path], made: Path) -> None:
         soup = bs4.BeautifulSoup(body, "html.parser")
         _finish(soup, name, address, documentation)
         page["contents"] = [
-            (int(tag.name[1]), tag["id"], tag.get_text(" ", strip=True))
+            (int(tag.name[1]), tag["id"], _readable(tag).removesuffix("#").strip())
             for tag in soup.find_all(["h2", "h3"])
             if tag.get("id")
         ]
@@ -826,15 +828,21 @@ def _search_entries(soup, target: str, title: str, description: str) -> list[dic
     entries = [{"u": target, "t": title, "h": "", "x": description}]
     for tag in soup.find_all(["h1", "h2", "h3", "h4", "p", "li", "td", "th", "figcaption"]):
         if tag.name[0] == "h" and tag.name[1:].isdigit():
-            heading = tag.get_text(" ", strip=True).removesuffix("#").strip()
+            heading = _readable(tag).removesuffix("#").strip()
             entries.append({"u": f"{target}#{tag.get('id', '')}".rstrip("#"), "t": title, "h": heading, "x": ""})
         elif not (tag.name == "p" and tag.find_parent(["li", "td"])):
-            annotations = {str(note) for note in tag.find_all("annotation")}
-            text = tag.get_text(" ", strip=True)
-            for note in annotations:
-                text = text.replace(re.sub(r"<[^>]+>", "", html.unescape(note)), "")
+            text = _readable(tag)
             entries[-1]["x"] = f"{entries[-1]['x']} {text}".strip()
     return entries
+
+
+def _readable(tag) -> str:
+    """Text of an element as one reads it: formulas without their TeX and without spaces between symbols."""
+    words = []
+    for string in tag.find_all(string=True):
+        if string.find_parent("annotation") is None:
+            words.append(string.strip() if string.find_parent("math") else str(string))
+    return re.sub(r"\s+", " ", "".join(words)).strip()
 
 
 def _page(name: str, rendered: dict, address: dict, sections: list, before: str | None, after: str | None) -> str:
@@ -861,7 +869,7 @@ def _page(name: str, rendered: dict, address: dict, sections: list, before: str 
             navigation.append(f"<details{opened}><summary>{escape(section['title'])}</summary><ul>{items}</ul></details>")
     section = next((part["title"] for part in sections if name in part["pages"]), None)
     contents = "".join(
-        f'<li class="level-{level}"><a href="#{escape(anchor)}">{escape(text.removesuffix(" #"))}</a></li>'
+        f'<li class="level-{level}"><a href="#{escape(anchor)}">{escape(text)}</a></li>'
         for level, anchor, text in page["contents"]
     )
     contents = f'<nav class="contents" aria-label="On this page"><h2>On this page</h2><ul>{contents}</ul></nav>' if contents else ""
