@@ -7,18 +7,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = [
-    "torch",
-    "numpy",
-    "scipy",
-    "sklearn",
-    "matplotlib",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "wandb",
-    "triton",
-]
+# What the help must not wait for: torch and everything optional. (numpy is a small part of the base.)
+HEAVY = ["torch", "sklearn", "matplotlib", "transformers", "datasets", "accelerate", "wandb", "triton"]
 HEAVY += ["numba", "papermill", "nbdev", "IPython"]
 LIGHT_MODULES = ["papers10", "papers10.cli"]
 LIGHT_MODULES += [
@@ -38,8 +28,7 @@ def python(code: str) -> str:
 @pytest.mark.parametrize("module", LIGHT_MODULES)
 def test_import_loads_nothing_heavy(module):
     loaded = python(f"import {module}, sys; print([name for name in {HEAVY!r} if name in sys.modules])")
-    heavy = {"torch", "transformers", "datasets", "accelerate", "wandb", "triton", "numba", "nbdev"}
-    assert heavy & set(eval(loaded)) == set()
+    assert loaded.strip() == "[]"
 
 
 def test_importing_the_package_takes_under_a_fifth_of_a_second():
