@@ -219,7 +219,7 @@ def variant(name: str, **size: Any) -> DDLConfig:
     check_choice("variant", name, VARIANTS)
     return DDLConfig(**{**VARIANTS[name], **size})
 
-# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #e7587fd5
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #6598f898
 class DeltaStream(nn.Module):
     """Residual stream of a causal language model: the `residual` plug-in of `papers10.lm.trunk.CausalLM`.
 
@@ -232,8 +232,6 @@ class DeltaStream(nn.Module):
 
     Source: section 3 and appendix A of the paper; released models.
     """
-
-    fp32_modules = ("gate",)
 
     def __init__(self, config: DDLConfig):
         super().__init__()

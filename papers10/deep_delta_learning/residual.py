@@ -307,7 +307,7 @@ def measure_update(x: Tensor, k: Tensor, v: Tensor | None, beta: Tensor | None, 
     target = v.detach().to(dtype)
     return DeltaStats(k_norm, beta.detach().to(dtype), before, target, before - target, after - target, state_norm)
 
-# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #d220a951
+# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #23df0f3f
 class DeltaResidual(nn.Module):
     """Residual connection with an erase-and-write along one direction per token: x' = x + beta k (v - k^T x).
 
@@ -339,8 +339,6 @@ class DeltaResidual(nn.Module):
     Source: equations 2.1 to 2.4 and appendix A of the paper; presets, gates and rules as described above.
     """
 
-    fp32_modules = ("gate",)
-
     def __init__(self, d: int, n: int = 1, *, preset: str = "official", mapping: str = "k", gate: str = "sigmoid", beta_init: float | None = None,
                  beta_max: float = 2.0, beta_hidden: int | None = None, v_activation: str | None = None, v_source: str | None = None, v_scale: float = 4.0,
                  v_constant: float | None = None, k_eps: float = 1e-5, rule: str = "delta", backend: str = "auto", save: str = "input",
@@ -357,6 +355,7 @@ class DeltaResidual(nn.Module):
         self.v_source = check_choice("v_source", v_source or PRESETS[preset]["v_source"], ("state", "context"))
         self.k_eps, self.backend, self.save, self.check_finite = float(k_eps), backend, save, check_finite
         self.recorder: list[DeltaStats] | None = None
+        self.fp32_modules = () if rule == "add" else ("gate",)
         if rule == "add":
             return
         self.gate = DeltaGate(d, kind=gate, beta_init=beta_init, beta_max=beta_max, hidden=beta_hidden)

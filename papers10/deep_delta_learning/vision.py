@@ -94,7 +94,7 @@ class ResidualMLP(nn.Module):
     def _norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.width,), eps=1e-5)
 
-# %% ../../nbs/04_deep_delta_learning/06_vision.ipynb #ed844eb1
+# %% ../../nbs/04_deep_delta_learning/06_vision.ipynb #f4429049
 AXES = ("channel", "map")
 
 
@@ -122,6 +122,7 @@ class DeltaConvBlock(nn.Module):
         check_choice("rule", rule, RULES)
         self.channels, self.axis, self.rule, self.k_eps, self.backend = channels, axis, rule, k_eps, backend
         self.recorder: list | None = None
+        self.fp32_modules = () if rule == "add" else ("gate",)
         self.norm = nn.GroupNorm(1, channels)
         self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.middle = nn.GroupNorm(1, channels)
