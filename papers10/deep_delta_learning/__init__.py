@@ -9,21 +9,21 @@ __all__ = ['delta_update', 'delta_operator', 'delta_spectrum', 'apply_operator',
            'rotation_from_reflections', 'DeltaResidual', 'DeltaStats', 'DeltaGate', 'TargetHead', 'write_update',
            'EmbedExpand', 'ChannelCompressor', 'TokenCompressor', 'HyperConnection', 'DDLConfig', 'variant',
            'DDLCausalLM', 'DDLModel', 'DDLBlock', 'DDLForCausalLM', 'DDLHFConfig', 'DeltaStream',
-           'convert_additive_checkpoint', 'from_additive', 'flops_per_token', 'iso_flop_steps', 'gate_report',
-           'discrepancy_audit', 'regime_shares', 'shortcut_product', 'recording', 'DeltaResNet', 'DeltaConvBlock',
-           'ResidualMLP']
+           'convert_additive_checkpoint', 'convert_released_checkpoint', 'from_additive', 'flops_per_token',
+           'iso_flop_steps', 'gate_report', 'discrepancy_audit', 'regime_shares', 'shortcut_product', 'recording',
+           'DeltaResNet', 'DeltaConvBlock', 'ResidualMLP']
 
 # %% ../../nbs/04_deep_delta_learning/api.ipynb #b61f8c09
 import importlib
 from typing import Any
 
-# %% ../../nbs/04_deep_delta_learning/api.ipynb #bc10b1bc
+# %% ../../nbs/04_deep_delta_learning/api.ipynb #805693a7
 _HOME = {
     "operator": ("delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections"),
     "residual": ("DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update"),
     "expanded": ("EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection"),
     "model": ("DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream",
-              "convert_additive_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps"),
+              "convert_additive_checkpoint", "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps"),
     "inspection": ("gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording"),
     "vision": ("DeltaResNet", "DeltaConvBlock", "ResidualMLP"),
 }
@@ -31,7 +31,7 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _all_ = ["delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections",
          "DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update", "EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection",
          "DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream", "convert_additive_checkpoint",
-         "from_additive", "flops_per_token", "iso_flop_steps", "gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording",
+         "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps", "gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording",
          "DeltaResNet", "DeltaConvBlock", "ResidualMLP"]
 
 

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/04_deep_delta_learning/language_model.
 # %% auto #0
 __all__ = ['Activation', 'VARIANTS', 'EMBED', 'HEAD', 'FINAL_NORM', 'official_names', 'DDLConfig', 'variant', 'DeltaStream',
            'ActivatedAttention', 'DDLCausalLM', 'DDLModel', 'DDLBlock', 'convert_additive_checkpoint', 'from_additive',
-           'residual_flops', 'flops_per_token', 'iso_flop_steps', 'HyperConnection']
+           'convert_released_checkpoint', 'residual_flops', 'flops_per_token', 'iso_flop_steps', 'HyperConnection']
 
 # %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #a3384d15
 import math
@@ -341,7 +341,7 @@ def _mixer(config: DDLConfig, layer: int) -> Attention:
     plain = all(name in (None, "identity") for name in (config.query_activation, config.key_activation, config.value_activation))
     return Attention(config, layer) if plain else ActivatedAttention(config, layer)
 
-# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #155ecfcc
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #6dfbe1b5
 EMBED, HEAD, FINAL_NORM = "embed.weight", "head.weight", "final_norm.weight"
 
 
@@ -377,10 +377,12 @@ class DDLCausalLM(CausalLM):
 
     @staticmethod
     def block_names(block: int) -> dict[str, str]:
-        """Parameter names of one block by part: query, key, value, attention_output, query_norm, key_norm, mlp_gate, mlp_up, mlp_output, norm_1, norm_2."""
+        """Parameter names of one block by part: query, key, value, attention_output, query_norm, key_norm, mlp_gate, mlp_up, mlp_output, norm_1, norm_2, and those that only some configurations
+        have: key_shift, value_shift, output_gate, output_norm."""
         parts = {"query": "mixer.q_proj", "key": "mixer.k_proj", "value": "mixer.v_proj", "attention_output": "mixer.o_proj", "query_norm": "mixer.q_norm",
                  "key_norm": "mixer.k_norm", "mlp_gate": "channel.gate_proj", "mlp_up": "channel.up_proj", "mlp_output": "channel.down_proj",
-                 "norm_1": "mixer_norm", "norm_2": "channel_norm"}
+                 "norm_1": "mixer_norm", "norm_2": "channel_norm", "key_shift": "mixer.k_shift", "value_shift": "mixer.v_shift", "output_gate": "mixer.g_proj",
+                 "output_norm": "mixer.out_norm"}
         return {part: f"blocks.{block}.{name}.weight" for part, name in parts.items()}
 
     def output_projections(self) -> list[str]:
@@ -437,15 +439,16 @@ class DDLBlock(nn.Module):
             state = self.stream.write(state, function(context), context, part, x_in)
         return state
 
-# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #3f31c39c
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #bbd7d27c
 _SKIPPED = re.compile(r"(attn\.(masked_)?bias|rotary\.inv_freq|rotary_emb\.inv_freq)$")
 _FOREIGN = [
     (re.compile(r"^(?:transformer\.|model\.)?(?:wte|embed_tokens)\.weight$"), "embed"),
     (re.compile(r"^lm_head\.weight$"), "head"),
     (re.compile(r"^(?:transformer\.|model\.)?(?:ln_f|norm)\.weight$"), "final_norm"),
     *((re.compile(rf"^(?:transformer\.h|h|model\.layers|layers)\.(\d+)\.(?:{names})\.weight$"), part) for names, part in [
-        (r"attn\.c_attn", "fused"), (r"attn\.c_q|self_attn\.q_proj", "query"), (r"attn\.c_k|self_attn\.k_proj", "key"),
-        (r"attn\.c_v|self_attn\.v_proj", "value"), (r"attn\.c_proj|self_attn\.o_proj", "attention_output"),
+        (r"attn\.c_attn", "fused"), (r"attn\.c_q|self_attn\.q_proj", "query"), (r"attn\.c_k(?:\.linear)?|self_attn\.k_proj", "key"),
+        (r"attn\.c_v(?:\.linear)?|self_attn\.v_proj", "value"), (r"attn\.c_k\.shift_proj", "key_shift"), (r"attn\.c_v\.shift_proj", "value_shift"),
+        (r"attn\.g_proj", "output_gate"), (r"attn\.(?:subln|o_norm)", "output_norm"), (r"attn\.c_proj|self_attn\.o_proj", "attention_output"),
         (r"attn\.q_rms|self_attn\.q_norm", "query_norm"), (r"attn\.k_rms|self_attn\.k_norm", "key_norm"),
         (r"mlp\.c_fc1|mlp\.gate_proj", "mlp_gate"), (r"mlp\.c_fc2|mlp\.up_proj", "mlp_up"), (r"mlp\.c_proj|mlp\.down_proj", "mlp_output"),
         (r"ln_1|input_layernorm", "norm_1"), (r"ln_2|post_attention_layernorm", "norm_2")]),
@@ -538,6 +541,53 @@ def from_additive(model: nn.Module | Mapping[str, Tensor], config: DDLConfig, *,
     converted = convert_additive_checkpoint(weights, config, ignore=ignore)
     result = DDLCausalLM(config, seed=seed)
     result.load_state_dict(converted, strict=False)
+    return result
+
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #051ac8f0
+_RELEASED = [
+    (re.compile(r"^transformer\.h\.(\d+)\.ddl_(attn|mlp)\.(beta|beta_in|beta_out|v_proj)\.(weight|bias)$"),
+     lambda m: f"residual.delta.{2 * int(m[1]) + (m[2] == 'mlp')}."
+               + {"beta": "gate.output", "beta_out": "gate.output", "beta_in": "gate.hidden", "v_proj": "target.linear"}[m[3]] + f".{m[4]}"),
+    (re.compile(r"^transformer\.h\.(\d+)\.compress\.(?:shortconv\.)?(weight|read)$"), lambda m: f"residual.compress.{m[1]}.{m[2]}"),
+    (re.compile(r"^readout\.(?:shortconv\.)?(weight|read)$"), lambda m: f"residual.readout.{m[1]}"),
+    (re.compile(r"^input_embed\.conv\.weight$"), lambda m: "residual.expand.weight"),
+]
+
+
+def convert_released_checkpoint(state_dict: Mapping[str, Tensor], config: DDLConfig) -> dict[str, Tensor]:
+    """Weights of a model of the released code under the names of `DDLCausalLM`.
+
+    Args:
+        state_dict: of the released `GPT`, any of its files (scalar state, channel or token compressor, with or without input convolution).
+        config: the same model, e.g. `DDLConfig(**released_config)`; for the token compressor add compressor="token", without input convolution embed_conv=False.
+
+    Returns:
+        A complete state dictionary.
+
+    Raises:
+        ValueError: names without a place, missing weights, wrong shapes.
+
+    Source: parameter names of the released code.
+    """
+    residual: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, value in state_dict.items():
+        for pattern, ours in _RELEASED:
+            if match := pattern.match(name):
+                residual[ours(match)] = value
+                break
+        else:
+            rest[name] = value
+    result = convert_additive_checkpoint(rest, config)
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in DDLCausalLM(config).state_dict().items() if name not in result}
+    if set(wanted) != set(residual):
+        missing, strange = sorted(set(wanted) - set(residual)), sorted(set(residual) - set(wanted))
+        raise ValueError(f"state_dict: expected the residual weights of this configuration, missing {missing[:4] or 'none'}, without a place {strange[:4] or 'none'}")
+    for name, shape in wanted.items():
+        if residual[name].numel() != shape.numel():
+            raise ValueError(f"state_dict: {name}: expected {list(shape)}, got {list(residual[name].shape)}")
+        result[name] = residual[name].detach().clone().reshape(shape)
     return result
 
 # %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #f4ec4e29
