@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 
 from papers10.core import checks
 from papers10.core.checks import (
-    NonFiniteError, check_choice, check_finite, check_probability, check_range, check_rotation, check_same,
-    check_shape, nearest,
+    NonFiniteError,
+    check_choice,
+    check_finite,
+    check_probability,
+    check_range,
+    check_rotation,
+    check_same,
+    check_shape,
+    nearest,
 )
 
 

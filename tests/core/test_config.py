@@ -23,7 +23,7 @@ class Outer(Config):
     inner: Inner = Inner()
     maybe: Inner | None = None
     sizes: tuple[int, ...] | None = None
-    names: list[str] = []
+    names: list[str] = Field(default_factory=list)
 
     @field_validator("steps")
     @classmethod

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from papers10.core import plots
 from papers10.core.optional import MissingExtra
 from papers10.core.plots import (
-    COLORS, bars_with_interval, heatmap, image_strip, interactive, line_with_band, paper_versus_ours, table, theme,
+    COLORS,
+    bars_with_interval,
+    heatmap,
+    image_strip,
+    interactive,
+    line_with_band,
+    paper_versus_ours,
+    table,
+    theme,
 )
 from papers10.core.stats import Interval, seed_interval
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from scipy import linalg, stats
 
 from papers10.core.stats import (
-    Interval, bootstrap_interval, frechet_distance, mcnemar_exact, paired_interval, quantiles, seed_interval,
+    Interval,
+    bootstrap_interval,
+    frechet_distance,
+    mcnemar_exact,
+    paired_interval,
+    quantiles,
+    seed_interval,
     wilson_interval,
 )
 
