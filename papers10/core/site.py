@@ -222,7 +222,7 @@ def _repository_links(text: str) -> str:
     text = re.sub(r"(\]\()([^)\s]+)(\))", lambda m: m[1] + rewrite(m[2]) + m[3], text)
     return re.sub(r'((?:href|src)=")([^"]+)(")', lambda m: m[1] + rewrite(m[2]) + m[3], text)
 
-# %% ../../nbs/shared/core/site.ipynb #092d6444
+# %% ../../nbs/shared/core/site.ipynb #dc464adb
 def execute(
     paths: Iterable[Path | str] | None = None, *, workers: int = 2, write: bool = True, timeout: int = 180
 ) -> dict[str, float]:
@@ -232,7 +232,7 @@ def execute(
         paths: notebooks; all of the checkout except the chapters' `reproduce.ipynb` if None.
         workers: how many kernels run at the same time.
         write: store the outputs in the notebook and clean it, in place.
-        timeout: seconds allowed to one notebook.
+        timeout: seconds allowed to one cell.
 
     Returns:
         Seconds by notebook.
@@ -1008,7 +1008,7 @@ def serve(path: Path | str, port: int = 0) -> http.server.ThreadingHTTPServer:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
-# %% ../../nbs/shared/core/site.ipynb #2bf59be2
+# %% ../../nbs/shared/core/site.ipynb #4113a0a4
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m papers10.core.site build|check|documents|execute|serve|unchanged`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m papers10.core.site", description="Site, README and notebooks.")
@@ -1026,7 +1026,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("paths", nargs="*")
     run.add_argument("--write", action="store_true", help="store the outputs and clean the notebooks")
     run.add_argument("--workers", type=int, default=2)
-    run.add_argument("--timeout", type=int, default=180, help="seconds for one notebook")
+    run.add_argument("--timeout", type=int, default=180, help="seconds for one cell")
     commands.add_parser("unchanged", help="export and clean, and say which files that changed")
     given = parser.parse_args(arguments)
     try:
