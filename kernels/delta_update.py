@@ -47,7 +47,7 @@ def delta_update_reference(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v
     out = state + gate[..., None, None] * unit[..., None] * error[..., None, :]
     return (out[..., 0] if vector else out).to(x.dtype)
 
-# %% ../nbs/kernels/delta_update.ipynb #8dee3f56
+# %% ../nbs/kernels/delta_update.ipynb #43af3f3d
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
@@ -58,6 +58,13 @@ def _row_groups(x: Tensor) -> list[slice]:
     budget = 2**18 if x.device.type == "cpu" else 2**25
     step = max(1, budget // max(width, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _project(direction: Tensor, state: Tensor) -> Tensor:
+    """`direction^T state` of each row, [rows, n]."""
+    if state.shape[2] == 1:
+        return torch.linalg.vecdot(direction, state[..., 0])[:, None]
+    return torch.bmm(state.transpose(1, 2), direction[:, :, None])[..., 0]
 
 
 def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,14 +79,14 @@ def _forward_torch(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) ->
         state, direction = x[rows].to(dtype), k[rows].to(dtype)
         target, gate = v[rows].to(dtype), beta[rows].to(dtype)
         scale = torch.linalg.vecdot(direction, direction).add_(eps * eps).rsqrt_()
-        readout = torch.bmm(direction[:, None, :], state)[:, 0] * scale[:, None]
+        readout = _project(direction, state) * scale[:, None]
         difference = target - readout
         written = (gate * scale)[:, None] * difference
         piece = _target(out[rows], dtype)
         if x.shape[2] == 1:
             torch.addcmul(state[..., 0], direction, written, out=piece[..., 0])
         else:
-            torch.baddbmm(state, direction[:, :, None], written[:, None, :], out=piece)
+            torch.bmm(direction[:, :, None], written[:, None, :], out=piece).add_(state)
         if piece.dtype != out.dtype:
             out[rows] = piece
         error[rows], inverse_norm[rows] = difference, scale
@@ -94,7 +101,7 @@ def _backward_torch(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tens
     for rows in _row_groups(kept):
         upstream, state, direction = grad[rows].to(dtype), kept[rows].to(dtype), k[rows].to(dtype)
         gate, scale, difference = beta[rows].to(dtype), inverse_norm[rows], error[rows]
-        projected = torch.bmm(direction[:, None, :], upstream)[:, 0] * scale[:, None]
+        projected = _project(direction, upstream) * scale[:, None]
         along = (projected * difference).sum(-1)
         grad_v[rows], grad_beta[rows] = projected * gate[:, None], along
         radial = 2 * along - (projected * v[rows].to(dtype)).sum(-1)
@@ -109,18 +116,19 @@ def _backward_torch(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tens
             torch.mul(upstream[..., 0], plus, out=piece_k)
             piece_k.addcmul_(state[..., 0], minus).addcmul_(direction, radial)
         else:
-            torch.baddbmm(upstream, direction[:, :, None], minus[:, None, :], out=piece_x)
-            total = torch.bmm(upstream, plus[:, :, None]).baddbmm_(state, minus[:, :, None])
-            torch.addcmul(total[..., 0], direction, radial, out=piece_k)
+            torch.bmm(direction[:, :, None], minus[:, None, :], out=piece_x).add_(upstream)
+            torch.bmm(upstream, plus[:, :, None], out=piece_k[:, :, None])
+            piece_k.add_(torch.bmm(state, minus[:, :, None])[..., 0]).addcmul_(direction, radial)
         if piece_x.dtype != grad_x.dtype:
             grad_x[rows] = piece_x
         if piece_k.dtype != grad_k.dtype:
             grad_k[rows] = piece_k
     return grad_x, grad_k, grad_v, grad_beta
 
-# %% ../nbs/kernels/delta_update.ipynb #60bb06b6
+# %% ../nbs/kernels/delta_update.ipynb #24139e41
 @functools.cache
 def _numba_loops(n: int):
+    """The two loops over rows for n channels known to the compiler, or for any number (n = 0)."""
     import numba
     import numpy as np
 
@@ -129,7 +137,8 @@ def _numba_loops(n: int):
     @compiled
     def forward(first, last, x, k, v, beta, eps, out, error, inverse_norm):
         d = k.shape[1]
-        readout, written = np.empty(n, x.dtype), np.empty(n, x.dtype)
+        columns = n if n > 0 else v.shape[1]
+        readout, written = np.empty(columns, x.dtype), np.empty(columns, x.dtype)
         for t in range(first, last):
             state, direction, result = x[t], k[t], out[t]
             square = eps * eps
@@ -140,15 +149,15 @@ def _numba_loops(n: int):
                     single += direction[i] * state[i]
                 readout[0] = single
             else:
-                for j in range(n):
+                for j in range(columns):
                     readout[j] = 0
                 for i in range(d):
                     square += direction[i] * direction[i]
-                    for j in range(n):
-                        readout[j] += direction[i] * state[i * n + j]
+                    for j in range(columns):
+                        readout[j] += direction[i] * state[i * columns + j]
             scale = 1 / np.sqrt(square)
             inverse_norm[t] = scale
-            for j in range(n):
+            for j in range(columns):
                 error[t, j] = v[t, j] - scale * readout[j]
                 written[j] = beta[t] * scale * error[t, j]
             if n == 1:
@@ -157,14 +166,15 @@ def _numba_loops(n: int):
                     result[i] = state[i] + single * direction[i]
             else:
                 for i in range(d):
-                    for j in range(n):
-                        result[i * n + j] = state[i * n + j] + direction[i] * written[j]
+                    for j in range(columns):
+                        result[i * columns + j] = state[i * columns + j] + direction[i] * written[j]
 
     @compiled
     def backward(first, last, grad, kept, k, v, beta, error, inverse_norm, kept_is_output, grad_x, grad_k, grad_v, grad_beta):
         d = k.shape[1]
-        projected = np.empty(n, grad.dtype)
-        minus, plus = np.empty(n, grad.dtype), np.empty(n, grad.dtype)
+        columns = n if n > 0 else v.shape[1]
+        projected = np.empty(columns, grad.dtype)
+        minus, plus = np.empty(columns, grad.dtype), np.empty(columns, grad.dtype)
         for t in range(first, last):
             upstream, state, direction = grad[t], kept[t], k[t]
             to_x, to_k = grad_x[t], grad_k[t]
@@ -174,14 +184,14 @@ def _numba_loops(n: int):
                     single += direction[i] * upstream[i]
                 projected[0] = single
             else:
-                for j in range(n):
+                for j in range(columns):
                     projected[j] = 0
                 for i in range(d):
-                    for j in range(n):
-                        projected[j] += direction[i] * upstream[i * n + j]
+                    for j in range(columns):
+                        projected[j] += direction[i] * upstream[i * columns + j]
             scale, gate = inverse_norm[t], beta[t]
             along, radial, a = scale * 0, scale * 0, gate * scale
-            for j in range(n):
+            for j in range(columns):
                 projected[j] *= scale
                 grad_v[t, j] = gate * projected[j]
                 along += projected[j] * error[t, j]
@@ -200,12 +210,17 @@ def _numba_loops(n: int):
             else:
                 for i in range(d):
                     total = radial * direction[i]
-                    for j in range(n):
-                        to_x[i * n + j] = upstream[i * n + j] + minus[j] * direction[i]
-                        total += plus[j] * upstream[i * n + j] + minus[j] * state[i * n + j]
+                    for j in range(columns):
+                        to_x[i * columns + j] = upstream[i * columns + j] + minus[j] * direction[i]
+                        total += plus[j] * upstream[i * columns + j] + minus[j] * state[i * columns + j]
                     to_k[i] = total
 
     return forward, backward
+
+
+def _known_channels(n: int) -> int:
+    # Every number known to the compiler costs a compilation of a second or two; beyond 8 unrolling gains nothing.
+    return n if n <= 8 else 0
 
 
 @functools.cache
@@ -233,7 +248,7 @@ def _forward_numba(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) ->
     dtype = _compute_dtype(x, k, v, beta)
     out = torch.empty_like(x)
     error, inverse_norm = torch.empty_like(v, dtype=dtype), torch.empty_like(beta, dtype=dtype)
-    loop, _ = _numba_loops(x.shape[2])
+    loop, _ = _numba_loops(_known_channels(x.shape[2]))
     width = x.shape[1] * x.shape[2]
     guard = _flat(torch.tensor([eps], dtype=dtype))[0]
     native = x.dtype == dtype and k.dtype == dtype
@@ -251,7 +266,7 @@ def _backward_numba(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tens
                     inverse_norm: Tensor, kept_is_output: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = error.dtype
     results = tuple(torch.empty_like(tensor) for tensor in (kept, k, v, beta))
-    _, loop = _numba_loops(kept.shape[2])
+    _, loop = _numba_loops(_known_channels(kept.shape[2]))
     width = kept.shape[1] * kept.shape[2]
     native = all(tensor.dtype == dtype for tensor in (grad, kept, k))
     for rows in [slice(0, kept.shape[0])] if native else _row_groups(kept):
@@ -587,7 +602,7 @@ def _make_inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.G
     inputs["beta"] = 2 * torch.sigmoid(inputs["beta"])
     return {name: tensor.to(device=device, dtype=dtype) for name, tensor in inputs.items()}
 
-# %% ../nbs/kernels/delta_update.ipynb #0a811f1f
+# %% ../nbs/kernels/delta_update.ipynb #868829e4
 def _peer_explicit():
     from papers10.kernels.common import CaseNotSupported
 
@@ -651,12 +666,13 @@ SPEC = register(KernelSpec(
     ops={"delta_update": delta_update},
     references={"delta_update": delta_update_reference},
     backends=_OFFERED,
-    peers={"explicit matrix": _peer_explicit, "eager formula": lambda: delta_update_reference, "torch.compile": _peer_compile,
+    peers={"explicit matrix": _peer_explicit, "torch.compile": _peer_compile,
            "plain add": _peer_add, "authors' fused": _peer_authors},
     cases=[{"rows": rows, "d": d, "n": n, "dtype": dtype, "layout": layout}
            for dtype in ("float32", "float64", "bfloat16", "float16")
            for rows, d, n, layout in ((3, 1, 1, "contiguous"), (5, 7, 3, "strided"), (17, 64, 1, "strided"), (2, 1000, 4, "contiguous"),
-                                      (0, 8, 2, "contiguous"), (2, 3000, 3, "contiguous"), (1, 33, 65, "contiguous"))],
+                                      (0, 8, 2, "contiguous"), (2, 3000, 3, "contiguous"), (1, 33, 65, "contiguous"),
+                                      (2, 3, 5000, "contiguous"))],
     limit=_limit,
     make_inputs=_make_inputs,
     bench_cases=[{"rows": 4096, "d": 1024, "n": 1}, {"rows": 4096, "d": 1024, "n": 4}, {"rows": 1024, "d": 1024, "n": 1},

@@ -1,0 +1,180 @@
+"""Attention: rules against their written conditions, paths against the reference, padding and bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from papers10.core.random import generator
+from papers10.kernels.attention import (
+    MODES,
+    MaskSpec,
+    attention,
+    attention_mask,
+    attention_reference,
+    key_range,
+    mask_mod,
+    multi_attention,
+    required_offset,
+)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed, "attention", *shape), dtype=torch.float64)
+
+
+def condition(spec, i, j):
+    block, look = spec.block_size, spec.lookahead
+    bi, bj = i // block, j // block
+    allowed = {
+        "full": True,
+        "band": abs(j - i) <= look,
+        "causal": j <= i,
+        "frame_causal": j <= i,
+        "frame_lookahead": j <= i + look,
+        "block_causal": bj <= bi,
+        "block_lookahead": j < (bi + 1) * block + look,
+        "block_frame_lookahead": bj < bi or (bj == bi and j <= i + look),
+        "eq5_literal": bj <= bi + look,
+    }[spec.mode]
+    return allowed and (spec.window is None or j > bi * block - spec.window)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mode=st.sampled_from(MODES),
+    block=st.integers(1, 5),
+    look=st.integers(0, 4),
+    window=st.one_of(st.none(), st.integers(1, 6)),
+    start=st.integers(0, 7),
+)
+def test_rules_are_their_conditions(mode, block, look, window, start):
+    spec = MaskSpec(mode, block, look, window)
+    table = attention_mask(spec, 9, 13, q_start=start, k_start=2)
+    for row in range(9):
+        for column in range(13):
+            assert bool(table[row, column]) == bool(condition(spec, row + start, column + 2))
+    rule = mask_mod(spec, q_start=start, k_start=2)
+    assert torch.equal(rule(0, 0, torch.arange(9)[:, None], torch.arange(13)), table)
+
+
+def test_rules_nest():
+    order = ["frame_causal", "block_frame_lookahead", "block_causal", "block_lookahead", "eq5_literal"]
+    tables = [attention_mask(MaskSpec(mode, 4, 2), 19, 19) for mode in order]
+    for small, large in zip(tables, tables[1:]):
+        assert not (small & ~large).any()
+    assert torch.equal(attention_mask(MaskSpec("block_causal", 32), 19, 19), torch.ones(19, 19, dtype=torch.bool))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mode=st.sampled_from([m for m in MODES]),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    queries=st.integers(1, 7),
+    more=st.integers(0, 5),
+    width=st.integers(1, 6),
+    window=st.one_of(st.none(), st.integers(1, 5)),
+)
+def test_torch_path_equals_reference(mode, heads, queries, more, width, window):
+    q, k = draw(2, heads[0], queries, width), draw(2, heads[1], queries + more, width)
+    v = draw(2, heads[1], queries + more, width + 1)
+    options = dict(mask=MaskSpec(mode, 2, 1, window), q_start=more)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    others = [t.clone().requires_grad_() for t in (q, k, v)]
+    ours = attention(*leaves, **options, backend="torch")
+    wanted = attention_reference(*others, **options)
+    assert torch.allclose(ours, wanted, atol=1e-12)
+    ours.square().sum().backward(), wanted.square().sum().backward()
+    for a, b in zip(leaves, others):
+        assert torch.allclose(a.grad, b.grad, atol=1e-11)
+
+
+def test_none_means_every_key():
+    q, k, v = draw(1, 2, 3, 4), draw(1, 2, 6, 4), draw(1, 2, 6, 4)
+    plain = ((q @ k.transpose(2, 3)) / 2).softmax(-1) @ v
+    assert torch.allclose(attention(q, k, v), plain)
+    assert torch.allclose(attention(q, k, v, scale=0.0), v.mean(2, keepdim=True).expand(1, 2, 3, 4))
+
+
+def test_empty_inputs_give_empty_results():
+    for batch, time in ((0, 3), (2, 0)):
+        for backend in ("reference", "torch"):
+            out = attention(*(torch.zeros(batch, 2, time, 4) for _ in range(3)), mask=MaskSpec(), backend=backend)
+            assert out.shape == (batch, 2, time, 4)
+
+
+def test_strided_inputs():
+    q, k, v = (draw(2, 5, 3, 8, seed=s).transpose(1, 2)[..., ::2] for s in range(3))
+    assert torch.allclose(attention(q, k, v, mask=MaskSpec()), attention(*(t.contiguous() for t in (q, k, v)), mask=MaskSpec()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_keeps_the_dtype(dtype):
+    q, k, v = (draw(1, 2, 6, 8, seed=s) for s in range(3))
+    out = attention(*(t.to(dtype) for t in (q, k, v)), mask=MaskSpec())
+    # The inputs are rounded, and values of order 1 are summed with weights that add to 1.
+    assert out.dtype == dtype
+    assert torch.allclose(out.double(), attention(q, k, v, mask=MaskSpec()), atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_padding_left_and_right_changes_nothing(backend):
+    q, k, v = (draw(1, 2, 5, 4, seed=s) for s in range(3))
+    alone = attention(q, k, v, mask=MaskSpec(), backend=backend)
+    for left, right in ((2, 0), (0, 3), (1, 1)):
+        rows = [torch.nn.functional.pad(t, (0, 0, left, right), value=9.0) for t in (q, k, v)]
+        valid = torch.tensor([left]), torch.tensor([left + 5])
+        out = attention(*rows, mask=MaskSpec(), valid=valid, backend=backend)
+        assert torch.allclose(out[:, :, left : left + 5], alone, atol=1e-12)
+        assert not out[:, :, :left].any() and not out[:, :, left + 5 :].any()
+
+
+def test_a_query_without_a_key_is_refused():
+    q = draw(1, 1, 3, 2)
+    with pytest.raises(ValueError, match="at least one key"):
+        attention(q, q, q, mask=MaskSpec("causal", window=1), k_start=2)
+    with pytest.raises(ValueError, match="at least one key"):
+        attention(q, q[:, :, :0], q[:, :, :0])
+
+
+def test_bad_input_is_named():
+    q = draw(1, 4, 3, 2)
+    with pytest.raises(ValueError, match="^k"):
+        attention(q, q[..., :1], q)
+    with pytest.raises(ValueError, match="divides 4"):
+        attention(q, q[:, :3], q[:, :3])
+    with pytest.raises(ValueError, match="v"):
+        attention(q, q, q[:, :, :2])
+    with pytest.raises(TypeError, match="floating"):
+        attention(q.long(), q.long(), q.long())
+    with pytest.raises(ValueError, match="backend"):
+        attention(q, q, q, backend="tritn")
+    with pytest.raises(ValueError, match="mode"):
+        MaskSpec("casual")
+    for options in ({"block_size": 0}, {"lookahead": -1}, {"window": 0}, {"window": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            MaskSpec(**options)
+
+
+def test_sets_are_blended_and_skipped():
+    q, k, v = (draw(1, 2, 3, 4, seed=s) for s in range(3))
+    longer = draw(1, 2, 7, 4), draw(1, 2, 7, 4, seed=9)
+    blend = multi_attention(q, [(k, v), longer], [0.3, 0.7])
+    assert torch.allclose(blend, 0.3 * attention(q, k, v) + 0.7 * attention(q, *longer))
+    nothing = multi_attention(q, [(k, v), (k * math.nan, v)], [1.0, 0.0])
+    assert torch.equal(nothing, attention(q, k, v))
+    with pytest.raises(ValueError, match="weights"):
+        multi_attention(q, [(k, v)], [0.0])
+    with pytest.raises(ValueError, match="weights"):
+        multi_attention(q, [(k, v)], [0.5, 0.5])
+
+
+def test_required_offset_and_ranges():
+    assert required_offset(MaskSpec("frame_causal"), 8) == 0
+    assert required_offset(MaskSpec("block_frame_lookahead", 10, 2), 8) == 0
+    with pytest.raises(ValueError, match="full"):
+        required_offset(MaskSpec("full"), 2)
+    low, high = key_range(MaskSpec("causal", window=3), torch.tensor([0, 5]))
+    assert low.tolist() == [0, 3] and high.tolist() == [1, 6]
