@@ -163,7 +163,7 @@ def list_chapters(json: Annotated[bool, typer.Option("--json", help="Print JSON.
                       "record": record or "not run", "extras": extras or "none"})
     _table(shown)
 
-# %% ../nbs/shared/core/cli.ipynb #e7d941b3
+# %% ../nbs/shared/core/cli.ipynb #6b9ed37d
 class Plan(NamedTuple):
     """A run that may start: everything in it has been checked."""
 
@@ -283,14 +283,14 @@ def _folder_to_resume(slug: str, preset: str | None, root: Path, which: str) -> 
             raise Stop(f"--resume: no run {which} of {slug} in {root}" + (f" (did you mean {close}?)" if close else ""))
         if runs.read_state(folder).get("chapter", slug) != slug:
             raise Stop(f"--resume: {which} is a run of {runs.read_state(folder)['chapter']}, not of {slug}")
-        if (folder / "result.json").exists():
-            raise Stop(f"--resume: {folder.name} is finished; `papers10 results {slug} --run {folder.name}` shows it")
         # a killed run's kernel takes a second to notice
         end = time.monotonic() + 5
         while runs.is_locked(folder):
             if time.monotonic() > end:
                 raise Stop(f"--resume: {folder.name} is being written by another process")
             time.sleep(0.2)
+        if (folder / "result.json").exists():
+            raise Stop(f"--resume: {folder.name} is finished; `papers10 results {slug} --run {folder.name}` shows it")
         return folder.absolute()
     end = time.monotonic() + 5
     while True:

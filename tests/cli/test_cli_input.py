@@ -1,0 +1,180 @@
+"""Bad input gets a clear line on stderr, exit code 2 and leaves nothing behind; help is quick."""
+
+import json
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from papers10 import cli
+
+
+@pytest.fixture
+def call(tiny, monkeypatch, capsys):
+    """The command line in this process: exit code, stdout, stderr."""
+    for name in ("PAPERS10_CHAPTER_DATA", "PAPERS10_NOTEBOOKS", "PAPERS10_RUNS", "COLUMNS", "NO_COLOR"):
+        monkeypatch.setenv(name, tiny.environment[name])
+    monkeypatch.chdir(tiny.root)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("run", "tinny"), "did you mean 'tiny'"),
+        (("run", "tiny", "--preset", "smal"), "small"),
+        (("run", "tiny", "-p", "step=3"), "steps"),
+        (("run", "tiny", "-p", "steps=many"), "int"),
+        (("run", "tiny", "-p", "steps=2.5"), "int"),
+        (("run", "tiny", "-p", "steps=0"), "[1, 1000]"),
+        (("run", "tiny", "-p", "steps"), "NAME=VALUE"),
+        (("run", "tiny", "-p", "drift=nan"), "finite"),
+        (("run", "tiny", "-p", "steps=3", "-p", "steps=4"), "twice"),
+        (("run", "tiny", "--seeds", "a,b"), "seeds"),
+        (("run", "tiny", "--seeds", "1,1"), "seeds"),
+        (("run", "tiny", "--seeds", ""), "seeds"),
+        (("run", "tiny", "--seeds", "1", "-p", "seeds=2"), "same thing"),
+        (("run", "tiny", "--device", "gpu"), "device"),
+        (("run", "tiny", "--wandb", "offlin"), "offline"),
+        (("run", "tiny", "--resume"), "no unfinished run"),
+        (("run", "tiny", "--resume", "20200101-000000-small"), "no run"),
+        (("run", "tiny", "nothing"), "nothing"),
+        (("run", "tiny", "--timeout", "soon"), "--timeout"),
+        (("run", "tiny", "--presett", "small"), "--preset"),
+        (("run",), "Missing argument"),
+        (("runn", "tiny"), "run"),
+        (("results", "tinny"), "tiny"),
+        (("results", "tiny", "--run", "20200101-000000-small"), "no such run"),
+        (("results", "--compare", "x", "y"), "no such run"),
+        (("sweep", "tiny"), "-p NAME=[A,B]"),
+        (("sweep", "tiny", "-p", "stepz=[1,2]"), "steps"),
+        (("sweep", "tiny", "-p", "steps=[]"), "steps"),
+        (("sweep", "tiny", "-p", "steps=[1]", "--workers", "0"), "--workers"),
+        (("app", "tiny", "draw"), "no program"),
+        (("data", "get", "nothing-of-the-kind"), "no data source"),
+        (("notebooks", "data"), "--force"),
+    ],
+)
+def test_refused_before_anything_starts(call, tiny, arguments, says):
+    code, out, err = call(*arguments)
+    assert code == 2, (out, err)
+    assert says in " ".join(err.split()), err
+    assert "Traceback" not in err
+    assert not tiny.runs.exists()
+
+
+def test_unwritable_places(call, tiny):
+    (tiny.root / "file").write_text("")
+    code, _, err = call("run", "tiny", "--out", str(tiny.root / "file" / "below"))
+    assert code == 2 and "is not a folder" in err
+    code, _, err = call("notebooks", str(tiny.root / "file"))
+    assert code == 2 and "not a folder" in err
+
+
+def test_no_space_is_said_before_the_start(call, tiny, monkeypatch):
+    from papers10.core import runs
+
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
+    code, _, err = call("run", "tiny")
+    assert code == 2 and "1 MB are free" in err and not tiny.runs.exists()
+
+
+def test_absent_gpu_and_extras(call, tiny, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, _, err = call("run", "tiny", "--device", "cuda")
+    assert code == 5 and "cuda" in err
+    from papers10.core import presets
+
+    monkeypatch.setattr(presets, "missing_packages", lambda extra: ["nothing"])
+    path = tiny.root / "data" / "presets" / "tiny.yaml"
+    path.write_text(path.read_text().replace("smoke: [], small: []", "smoke: [gpu], small: []"))
+    code, _, err = call("run", "tiny", "--preset", "smoke")
+    assert code == 3 and "papers10[gpu]" in err and not tiny.runs.exists()
+    code, _, err = call("sweep", "tiny", "-p", "steps=[1,2]", "--ray")
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        assert code == 3 and "papers10[dist]" in err
+
+
+def test_broken_files_are_named(call, tiny):
+    path = tiny.root / "data" / "presets" / "tiny.yaml"
+    good = path.read_text()
+    path.write_text(good.replace("smoke: 3, small: 6", "smoke: 3, small: six"))
+    code, _, err = call("run", "tiny")
+    assert code == 2 and "parameters.steps.small" in err and "presets/tiny.yaml" in err
+    path.write_text(good.replace("smoke: 1.0, small: 1.0, paper: 1.0", "smoke: 1e-3, small: 1.0, paper: 1.0"))
+    code, _, err = call("run", "tiny")
+    assert code == 2 and "1.0e-3" in err
+    path.write_text(good + "\n  : :")
+    assert call("run", "tiny")[0] == 2
+    path.write_text(good)
+    claims = tiny.root / "data" / "claims" / "tiny.yaml"
+    claims.write_text(claims.read_text().replace("lower(walk.end) > 0", "walk.end > 0"))
+    code, _, err = call("run", "tiny")
+    assert code == 2 and "claims/tiny.yaml" in err and "reduce it" in err
+
+
+def test_parameters_are_shown(call, tiny):
+    code, out, _ = call("run", "tiny", "--params", "-p", "steps=42")
+    assert code == 0 and "42" in out and "steps of the walk" in out and not tiny.runs.exists()
+
+
+def test_notebooks_are_copied(call, tiny):
+    code, out, _ = call("notebooks", "copy")
+    assert code == 0
+    assert (tiny.root / "copy" / "01_tiny" / "reproduce.ipynb").exists()
+    assert call("notebooks", "copy")[0] == 2
+    assert call("notebooks", "copy", "--force", "--only", "tiny")[0] == 0
+    assert call("notebooks", "more", "--only", "tinny")[0] == 2 and not (tiny.root / "more").exists()
+
+
+def test_list_and_results_without_a_record(call):
+    code, out, _ = call("list")
+    assert code == 0 and "A tiny paper" in out and "not run" in out
+    code, out, _ = call("results")
+    assert code == 0 and "not run" in out
+    assert json.loads(call("results", "tiny", "--json")[1]) == {}
+
+
+def test_dispatch_passes_what_was_asked(call, monkeypatch):
+    from papers10.core import bench, doctor
+
+    asked = []
+    monkeypatch.setattr(bench, "main", lambda *arguments: asked.append(arguments) or 1)
+    monkeypatch.setattr(doctor, "main", lambda json: asked.append(json) or 0)
+    assert call("bench", "delta_update", "--quick", "--json")[0] == 1
+    assert call("doctor", "--json")[0] == 0
+    assert asked == [(["delta_update"], None, None, None, True, True), True]
+    module = types.ModuleType("papers10.tiny.app")
+    module.ACTIONS, module.main = {"draw": "draw it"}, lambda arguments: asked.append(arguments) or 3
+    monkeypatch.setattr(cli, "applications", lambda: {"tiny": module.ACTIONS})
+    monkeypatch.setitem(sys.modules, "papers10.tiny", types.ModuleType("papers10.tiny"))
+    monkeypatch.setitem(sys.modules, "papers10.tiny.app", module)
+    assert call("app", "tiny", "drow")[0] == 2
+    assert call("app", "tiny", "draw", "--size", "3")[0] == 3 and asked[-1] == ["draw", "--size", "3"]
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = ("import sys; from papers10 import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'numpy', 'papermill', 'pydantic'} & set(sys.modules)")
+    fastest = 9.0
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        fastest = min(fastest, time.perf_counter() - began)
+    assert fastest < 0.5
+    listed = ("import sys; from papers10 import cli\ntry: cli.main(['list'])\nexcept SystemExit: pass\n"
+              "assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", listed], check=True, capture_output=True)
