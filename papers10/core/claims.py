@@ -8,11 +8,12 @@ Docs: https://papers10.github.io/papers10/shared/core/claims.html.md"""
 __all__ = ['REDUCERS', 'ExpressionError', 'parse', 'metric_names', 'NotTestable', 'interval_of', 'decide', 'Paper', 'PaperNumber',
            'MetricName', 'ClaimTest', 'Claim', 'ChapterClaims', 'load', 'evaluate']
 
-# %% ../../nbs/shared/core/claims.ipynb #578bba16
+# %% ../../nbs/shared/core/claims.ipynb #4b33382a
 import ast
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -137,7 +138,7 @@ def metric_names(expression: str) -> list[str]:
     visit(parse(expression))
     return found
 
-# %% ../../nbs/shared/core/claims.ipynb #f557d61e
+# %% ../../nbs/shared/core/claims.ipynb #c2291b7b
 class NotTestable(Exception):
     """This run cannot decide the claim; the message is the reason in the record."""
 
@@ -153,8 +154,15 @@ class _Vector:
         return _Vector({seed: function(value) for seed, value in self.values.items()}, items)
 
 
+def _real(function, left: float, right: float) -> float:
+    value = function(left, right)
+    if isinstance(value, complex) or not math.isfinite(value):
+        raise NotTestable("a term of the expression is not a finite number")
+    return value
+
+
 def _combine(op: type, left: Any, right: Any) -> Any:
-    function = _ARITHMETIC[op]
+    function = partial(_real, _ARITHMETIC[op])
     # items survive only where the mean of the items' results is the result of the means
     linear = op in (ast.Add, ast.Sub)
     if isinstance(left, _Vector) and isinstance(right, _Vector):
