@@ -156,7 +156,7 @@ class ChannelCompressor(nn.Module):
         """Sizes."""
         return f"d={self.d}, n={self.n}, kernel_size={self.kernel_size}, causal={self.causal}"
 
-# %% ../../nbs/04_deep_delta_learning/03_expanded_state.ipynb #debb60b9
+# %% ../../nbs/04_deep_delta_learning/03_expanded_state.ipynb #edb1af64
 class TokenCompressor(nn.Module):
     """Compressed view of the state by a causal filter over time on every channel, then a readout over the value channels.
 
@@ -198,9 +198,10 @@ class TokenCompressor(nn.Module):
         extended, state = with_history(x, state, self.kernel_size)
         taps = (self.weight * self.read[:, None]).to(x.dtype)
         length = x.shape[1]
-        compressed = torch.einsum("btdn,dn->btd", extended[:, self.kernel_size - 1 :], taps[..., -1])
-        for tap in range(self.kernel_size - 1):
-            compressed = compressed + torch.einsum("btdn,dn->btd", extended[:, tap : tap + length], taps[..., tap])
+        asked = torch.einsum("btdn,dnw->btdw", extended, taps)
+        compressed = asked[:, :length, :, 0]
+        for tap in range(1, self.kernel_size):
+            compressed = compressed + asked[:, tap : tap + length, :, tap]
         return compressed, state
 
     def extra_repr(self) -> str:

@@ -231,7 +231,7 @@ class TargetHead(nn.Module):
         """Activation and scale, or the constant."""
         return f"constant={self.constant}" if self.constant is not None else f"activation={self.activation!r}, scale={self.scale}"
 
-# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #1e83a1a7
+# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #f6a7291e
 def write_update(x: Tensor, k: Float[Tensor, "*batch d"], v: Tensor, beta: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Write without erasing, x + beta k v^T with k normalised: the control for `delta_update`.
 
@@ -257,9 +257,9 @@ def write_update(x: Tensor, k: Float[Tensor, "*batch d"], v: Tensor, beta: Tenso
     unit = F.rms_norm(k, (d,), eps=eps * eps / d).to(x.dtype)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     if x.dim() == k.dim():
-        return x + unit * (beta.to(accumulate) * v.to(accumulate) * d**-0.5).to(x.dtype)[..., None]
+        return torch.addcmul(x, unit, (beta.to(accumulate) * v.to(accumulate) * d**-0.5).to(x.dtype)[..., None])
     row = (beta.to(accumulate)[..., None] * v.to(accumulate) * d**-0.5).to(x.dtype)
-    return x + unit[..., None] * row[..., None, :]
+    return torch.addcmul(x, unit[..., None], row[..., None, :])
 
 
 def _check_operands(x: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:

@@ -252,3 +252,11 @@ def test_target_head_forms():
         assert low <= v.min() and v.max() <= high
     head = TargetHead(5, 2, activation="none")
     torch.testing.assert_close(head(source), head.linear(source))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_module_compiles_as_one_graph(n):
+    layer = built(n, torch.float32)
+    x, h, context, x_in = tensors(n, torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, h, context, x_in), layer(x, h, context, x_in))
