@@ -127,7 +127,7 @@ class Tiny:
         return [sys.executable, "-c", "from papers10.cli import main; main()", *arguments]
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120,
+        return subprocess.run(self.command(*arguments), check=False, capture_output=True, text=True, timeout=120,
                               cwd=cwd or self.root, env={**self.environment, **environment})
 
     def popen(self, *arguments: str) -> subprocess.Popen:

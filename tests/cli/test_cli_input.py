@@ -132,7 +132,7 @@ def test_parameters_are_shown(call, tiny):
 
 
 def test_notebooks_are_copied(call, tiny):
-    code, out, _ = call("notebooks", "copy")
+    code, _out, _ = call("notebooks", "copy")
     assert code == 0
     assert (tiny.root / "copy" / "01_tiny" / "reproduce.ipynb").exists()
     assert call("notebooks", "copy")[0] == 2

@@ -76,8 +76,8 @@ def test_metrics(begin):
         run.metric("m", 1.0 + seed / 10, seed=seed, unit="s")
         run.metric("many", None, seed=seed, items={"p": 1.0, "q": 0.0, "r": None})
     run.metric("bad", float("nan"), seed=0)
-    for wrong in (dict(name="a b", value=1.0, seed=0), dict(name="lambda.x", value=1.0, seed=0),
-                  dict(name="m", value=1.0, seed=0, unit="kg"), dict(name="x", value=1.0, seed=0, better="up")):
+    for wrong in ({"name": "a b", "value": 1.0, "seed": 0}, {"name": "lambda.x", "value": 1.0, "seed": 0},
+                  {"name": "m", "value": 1.0, "seed": 0, "unit": "kg"}, {"name": "x", "value": 1.0, "seed": 0, "better": "up"}):
         with pytest.raises(ValueError):
             run.metric(**wrong)
     with pytest.raises(TypeError):
@@ -144,9 +144,9 @@ def test_capabilities_lead_somewhere(begin, tmp_path):
 
 
 def test_claims_table_without_and_with_a_result(begin):
-    assert list(results.claims_table("little"))[0]["verdict"] == "not run"
+    assert next(iter(results.claims_table("little")))["verdict"] == "not run"
     run = begin()
     for seed in (0, 1):
         run.metric("m", 1.0 + seed / 100, seed=seed)
-    row = list(results.claims_table("little", run.finish()))[0]
+    row = next(iter(results.claims_table("little", run.finish())))
     assert row["verdict"] == "held" and "[" in row["ours"]
