@@ -118,7 +118,7 @@ class _TokenLogp(torch.autograd.Function):
             ).to(grad.dtype)
         return grad, None, None, None, None
 
-# %% ../nbs/kernels/token_logp.ipynb #e6807faf
+# %% ../nbs/kernels/token_logp.ipynb #cfd436bd
 def token_logp(
     logits: Float[Tensor, "*rows vocabulary"],
     ids: Int64[Tensor, "*rows"],
@@ -144,14 +144,16 @@ def token_logp(
         raise ValueError(f"ids: expected shape {tuple(logits.shape[:-1])}, got {tuple(ids.shape)}")
     _check_ids("ids", ids, mask, logits.shape[-1])
     flat = ids.reshape(-1).long()
-    if not entropy and 0 < logits.numel() <= _CHUNK_ELEMENTS:
-        # A table this small may be kept; PyTorch's one-pass loss is then the quickest way.
-        kept = flat if mask is None else flat.masked_fill(~mask.reshape(-1).bool(), -100)
-        scaled = _scaled(logits.reshape(-1, logits.shape[-1]), _temperature(temperature))
-        return -F.cross_entropy(scaled, kept, reduction="none", ignore_index=-100).view(ids.shape)
     rows = None if mask is None else mask.reshape(-1).bool().nonzero()[:, 0]
     if rows is not None and rows.shape[0] == flat.shape[0]:
         rows = None
+    if not entropy and 0 < logits.numel() <= _CHUNK_ELEMENTS:
+        # A table this small may be kept; PyTorch's one-pass loss is then the quickest way.
+        table = _scaled(logits.reshape(-1, logits.shape[-1]), _temperature(temperature))
+        if rows is None:
+            return -F.cross_entropy(table, flat, reduction="none").view(ids.shape)
+        kept = -F.cross_entropy(table[rows], flat[rows], reduction="none")
+        return torch.zeros(flat.shape, dtype=kept.dtype, device=kept.device).index_put((rows,), kept).view(ids.shape)
     out, spread, _ = _TokenLogp.apply(logits.reshape(-1, logits.shape[-1]), flat, rows, _temperature(temperature), entropy)
     return (out.view(ids.shape), spread.view(ids.shape)) if entropy else out.view(ids.shape)
 

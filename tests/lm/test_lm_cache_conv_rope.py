@@ -1,0 +1,108 @@
+"""Cache, causal convolution and rotary positions: the law of pieces, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from papers10.core.random import generator
+from papers10.lm.cache import Cache
+from papers10.lm.conv import causal_depthwise_conv
+from papers10.lm.rope import rebase, rotary
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed, "lm", *shape), dtype=torch.float64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    taps=st.integers(1, 6),
+    channels=st.integers(1, 3),
+    multiple=st.integers(1, 3),
+)
+def test_convolution_can_be_cut_anywhere(lengths, taps, channels, multiple):
+    x, weight = draw(2, sum(lengths), channels), draw(channels * multiple, taps)
+    whole, end = causal_depthwise_conv(x, weight)
+    state, pieces = None, []
+    for piece in x.split(lengths, 1):
+        y, state = causal_depthwise_conv(piece, weight, state)
+        pieces.append(y)
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-12) and torch.equal(state, end)
+    for t in range(sum(lengths)):
+        by_hand = sum(weight[:, taps - 1 - s].view(channels, multiple) * x[:, t - s, :, None] for s in range(min(taps, t + 1)))
+        assert torch.allclose(whole[:, t], by_hand.flatten(1), atol=1e-12)
+
+
+def test_convolution_names_what_does_not_fit():
+    x = draw(2, 3, 4)
+    for arguments, name in (((x[0], draw(4, 2)), "x"), ((x, draw(5, 2)), "weight"), ((x, draw(4, 3), draw(2, 1, 4)), "state")):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            causal_depthwise_conv(*arguments)
+
+
+class Counter:
+    """A state that is no tensor, as a memory would be."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def clone(self):
+        return Counter(list(self.values))
+
+    def reorder(self, index):
+        return Counter([self.values[i] for i in index.tolist()])
+
+    def state_dict(self):
+        return {"values": list(self.values)}
+
+    def load_state_dict(self, state):
+        self.values = state["values"]
+
+
+def test_cache_treats_objects_as_it_treats_tensors():
+    cache = Cache(2)
+    cache.layers[1]["memory"], cache.trunk["start"] = Counter([1, 2]), torch.tensor([3, 4])
+    copy = cache.clone().reorder(torch.tensor([1, 1, 0]))
+    assert copy.layers[1]["memory"].values == [2, 2, 1] and copy.trunk["start"].tolist() == [4, 4, 3]
+    assert cache.layers[1]["memory"].values == [1, 2]
+    other = cache.clone()
+    other.layers[1]["memory"].values = [9, 9]
+    other.load_state_dict(cache.state_dict())
+    assert other.layers[1]["memory"].values == [1, 2]
+
+
+def test_cache_detaches_casts_and_refuses():
+    cache = Cache(1)
+    cache.layers[0]["k"] = torch.ones(2, 1, requires_grad=True) * 2
+    cache.layers[0]["index"] = torch.tensor([1, 2])
+    assert not cache.detach_().layers[0]["k"].requires_grad
+    cache.to(torch.bfloat16)
+    assert cache.layers[0]["k"].dtype == torch.bfloat16 and cache.layers[0]["index"].dtype == torch.int64
+    with pytest.raises(ValueError, match="index"):
+        cache.reorder(torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="num_layers"):
+        Cache(-1)
+    with pytest.raises(ValueError, match="num_layers"):
+        Cache(2).load_state_dict(cache.state_dict())
+
+
+@settings(max_examples=30, deadline=None)
+@given(half=st.integers(1, 6), shift=st.integers(-9, 9), layout=st.sampled_from(["half", "interleaved"]))
+def test_rotation_sees_distance_only(half, shift, layout):
+    q, k = draw(1, 5, 2 * half), draw(1, 5, 2 * half, seed=1)
+    places = torch.arange(5)
+    near = rotary(q, places, layout=layout) @ rotary(k, places, layout=layout).transpose(1, 2)
+    far = rotary(q, places + shift, layout=layout) @ rebase(rotary(k, places, layout=layout), shift, layout=layout).transpose(1, 2)
+    assert torch.allclose(near, far, atol=1e-10)
+
+
+def test_layouts_are_the_same_rotation():
+    x, places = draw(1, 4, 6), torch.arange(4)
+    order = torch.tensor([0, 3, 1, 4, 2, 5])
+    assert torch.allclose(rotary(x, places)[..., order], rotary(x[..., order], places, layout="interleaved"))
+    with pytest.raises(ValueError, match="even"):
+        rotary(x[..., :5], places)
+    with pytest.raises(ValueError, match="axes"):
+        rotary(x, torch.zeros(4, 2), axes=(2, 2))
