@@ -672,7 +672,7 @@ def _pandoc(markdown: str) -> str:
     )
     return body
 
-# %% ../../nbs/shared/core/site.ipynb #d50bcbaa
+# %% ../../nbs/shared/core/site.ipynb #8c4f7fff
 def build(out: Path | str = "_docs", *, quarto: str = "auto", workers: int = 2) -> Path:
     """Builds the documentation site.
 
@@ -762,9 +762,12 @@ def _build_preview(processed: Path, order: Sequence[Path], made: Path) -> None:
         bodies = list(pool.map(_pandoc, [page["markdown"] for page in rendered.values()]))
     documentation = project()["project"]["urls"]["Documentation"].rstrip("/")
     index: list[dict] = []
-    for (name, page), body in zip(rendered.items(), bodies):
-        soup = bs4.BeautifulSoup(body, "html.parser")
+    soups = {name: bs4.BeautifulSoup(body, "html.parser") for name, body in zip(rendered, bodies)}
+    anchors = {address[name]: {tag["id"] for tag in soup.find_all(id=True)} for name, soup in soups.items()}
+    for name, soup in soups.items():
+        page = rendered[name]
         _finish(soup, name, address, documentation)
+        _drop_missing_anchors(soup, address[name], anchors)
         page["contents"] = [
             (int(tag.name[1]), tag["id"], _readable(tag).removesuffix("#").strip())
             for tag in soup.find_all(["h2", "h3"])
@@ -795,6 +798,7 @@ def _finish(soup, name: str, address: dict[str, str], documentation: str) -> Non
         if target == documentation or target.startswith(documentation + "/"):
             inner = re.sub(r"\.html\.md$", ".html", target.removeprefix(documentation).strip("/") or "index.html")
             tag["href"] = os.path.relpath(inner, here) + anchor
+            tag["data-reference"] = ""
         elif target.endswith(".ipynb") and not re.match(r"[a-z]+:", target):
             found = os.path.normpath(PurePosixPath(name).parent / target)
             if found in address:
@@ -822,6 +826,16 @@ def _finish(soup, name: str, address: dict[str, str], documentation: str) -> Non
     for tag in soup.find_all("a", class_="anchor"):
         if tag.parent and tag.parent.name in ("h1", "h2", "h3", "h4"):
             tag.parent["class"] = "heading"
+
+
+def _drop_missing_anchors(soup, here: str, anchors: dict[str, set[str]]) -> None:
+    """nbdev links a name to its entry; methods and private names have none, so their link leads to the page."""
+    for tag in soup.find_all("a", attrs={"data-reference": True}):
+        target, _, anchor = tag["href"].partition("#")
+        page = os.path.normpath(PurePosixPath(here).parent / target)
+        if anchor and anchor not in anchors.get(page, {anchor}):
+            tag["href"] = target
+        del tag["data-reference"]
 
 
 def _search_entries(soup, target: str, title: str, description: str) -> list[dict]:
