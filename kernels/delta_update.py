@@ -125,14 +125,20 @@ def _backward_torch(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tens
             grad_k[rows] = piece_k
     return grad_x, grad_k, grad_v, grad_beta
 
-# %% ../nbs/kernels/delta_update.ipynb #24139e41
+# %% ../nbs/kernels/delta_update.ipynb #e0e50d0b
 @functools.cache
 def _numba_loops(n: int):
     """The two loops over rows for n channels known to the compiler, or for any number (n = 0)."""
     import numba
     import numpy as np
 
-    compiled = numba.njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, nogil=True, cache=True)
+    def compiled(function):
+        options = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:
+            # No folder for the cache can be written; then every process compiles for itself.
+            return numba.njit(**options)(function)
 
     @compiled
     def forward(first, last, x, k, v, beta, eps, out, error, inverse_norm):
