@@ -127,7 +127,7 @@ def mask_mod(spec: MaskSpec, *, q_start: int = 0, k_start: int = 0):
 
     return rule
 
-# %% ../nbs/kernels/attention.ipynb #569fd409
+# %% ../nbs/kernels/attention.ipynb #ea672a0a
 def _check(q: Tensor, k: Tensor, v: Tensor, valid) -> None:
     dims = check_shape("q", q, "B H Q D", {})
     dims = check_shape("k", k, "B G K D", dims)
@@ -145,7 +145,9 @@ def _allowed(q, k, mask, valid, q_start, k_start) -> tuple[Tensor | None, Tensor
     """Dense mask [B or 1, 1, Q, K] (None = everything) and padding queries [B, Q] (None = none)."""
     queries, keys = q.shape[2], k.shape[2]
     spec = mask or MaskSpec("full")
-    places = torch.arange(q_start, q_start + queries, device=q.device)
+    # Without padding the ranges depend on sizes only: worked out on the CPU, they cost no wait for the device.
+    device = torch.device("cpu") if valid is None else q.device
+    places = torch.arange(q_start, q_start + queries, device=device)
     low, high = key_range(spec, places)
     low, high = low.clamp(min=k_start)[None], high.clamp(max=k_start + keys)[None]
     padding = None
@@ -162,9 +164,9 @@ def _allowed(q, k, mask, valid, q_start, k_start) -> tuple[Tensor | None, Tensor
         raise ValueError(f"mask: expected at least one key for every query, got none for query {query} of row {row}")
     if bool((low <= k_start).all()) and bool((high >= k_start + keys).all()):
         return None, None
-    table = torch.arange(k_start, k_start + keys, device=q.device)
+    table = torch.arange(k_start, k_start + keys, device=device)
     allowed = (table >= low[..., None]) & (table < high[..., None])
-    return allowed[:, None], padding
+    return allowed[:, None].to(q.device), padding
 
 
 def attention_reference(
