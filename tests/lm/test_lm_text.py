@@ -210,3 +210,17 @@ def test_cost_counts_the_matrices(options):
     assert flops_per_token(config, length=1, training=False) == 2 * matrices + 4 * 3 * 12
     assert flops_per_token(config, length=64) == 3 * flops_per_token(config, length=64, training=False)
     assert memory_bytes(config)["optimizer"] == 8 * model.num_parameters()
+
+
+def test_plays_come_from_the_users_folder(tmp_path, monkeypatch):
+    from papers10.core.data import DataMissing
+    from papers10.lm.text import shakespeare_text
+
+    monkeypatch.setenv("PAPERS10_DATA", str(tmp_path))
+    try:
+        shakespeare_text()
+    except DataMissing as error:
+        assert "shakespeare" in str(error)
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "play.txt").write_text("To be, or not to be")
+    assert "To be" in shakespeare_text()
