@@ -1,5 +1,6 @@
 """Attention: rules against their written conditions, paths against the reference, padding and bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,7 @@ def test_rules_are_their_conditions(mode, block, look, window, start):
 def test_rules_nest():
     order = ["frame_causal", "block_frame_lookahead", "block_causal", "block_lookahead", "eq5_literal"]
     tables = [attention_mask(MaskSpec(mode, 4, 2), 19, 19) for mode in order]
-    for small, large in zip(tables, tables[1:]):
+    for small, large in itertools.pairwise(tables):
         assert not (small & ~large).any()
     assert torch.equal(attention_mask(MaskSpec("block_causal", 32), 19, 19), torch.ones(19, 19, dtype=torch.bool))
 
@@ -80,7 +81,7 @@ def test_rules_nest():
 def test_torch_path_equals_reference(mode, heads, queries, more, width, window):
     q, k = draw(2, heads[0], queries, width), draw(2, heads[1], queries + more, width)
     v = draw(2, heads[1], queries + more, width + 1)
-    options = dict(mask=MaskSpec(mode, 2, 1, window), q_start=more)
+    options = {"mask": MaskSpec(mode, 2, 1, window), "q_start": more}
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     others = [t.clone().requires_grad_() for t in (q, k, v)]
     ours = attention(*leaves, **options, backend="torch")

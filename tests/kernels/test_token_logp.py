@@ -38,7 +38,7 @@ def test_values_and_gradients_equal_the_reference(rows, vocabulary, temperature,
         h, g = (draw(rows, 3).requires_grad_() for _ in range(2))
         w, u = (draw(vocabulary, 3, seed=1).requires_grad_() for _ in range(2))
         c, e = (draw(vocabulary, seed=2).requires_grad_() for _ in range(2))
-        options = dict(temperature=temperature, entropy=entropy, mask=mask)
+        options = {"temperature": temperature, "entropy": entropy, "mask": mask}
         pairs = [
             (token_logp(a, ids, **options), token_logp_reference(b, ids, **options)),
             (linear_token_logp(h, w, ids, bias=c, **options), linear_token_logp_reference(g, u, ids, bias=e, **options)),

@@ -15,7 +15,7 @@ from papers10.lm.trunk import CausalLM, TrunkConfig
 
 
 def build(**options):
-    config = TrunkConfig(**{**dict(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4), **options})
+    config = TrunkConfig(**{"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.4, **options})
     model = CausalLM(config)
     model.initialise(generator(0, "init"))
     return model
@@ -52,7 +52,7 @@ def test_rows_end_by_themselves():
 )
 def test_generation_refuses(options, name):
     with pytest.raises(ValueError, match=name):
-        generate(build(), torch.tensor([[1]]), **{**dict(max_new_tokens=2), **options})
+        generate(build(), torch.tensor([[1]]), **{"max_new_tokens": 2, **options})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_transformers_round_trip(classes, tied, tmp_path):
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     out = loaded(input_ids=tokens, labels=tokens)
     assert torch.allclose(out.loss, model.model(tokens, labels=tokens).loss)
-    settings = dict(max_new_tokens=7, do_sample=False, pad_token_id=0)
+    settings = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(loaded.generate(tokens, **settings), generate(model.model, tokens, max_new_tokens=7, temperature=0))
     padded, mask = torch.tensor([[0, 0, 1, 2], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ours = generate(model.model, padded, max_new_tokens=7, temperature=0, attention_mask=mask)
@@ -84,7 +84,7 @@ def test_transformers_round_trip(classes, tied, tmp_path):
 
 def test_beams_with_and_without_the_cache_agree(classes):
     model = classes[1](classes[0](vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4)).eval()
-    settings = dict(max_new_tokens=6, do_sample=False, num_beams=3, pad_token_id=0)
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(model.generate(tokens, **settings), model.generate(tokens, use_cache=False, **settings))
 

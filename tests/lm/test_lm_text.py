@@ -13,13 +13,22 @@ from papers10.core.random import generator
 from papers10.lm.flops import flops_per_token, memory_bytes
 from papers10.lm.optim import parameter_groups, schedule
 from papers10.lm.tasks import depth_parity
-from papers10.lm.text import StreamWindows, TokenWindows, hub_text, pack, pydoc_text, read_text, stdlib_source, text_hash
+from papers10.lm.text import (
+    StreamWindows,
+    TokenWindows,
+    hub_text,
+    pack,
+    pydoc_text,
+    read_text,
+    stdlib_source,
+    text_hash,
+)
 from papers10.lm.tokenizers import ByteTokenizer, load_tokenizer, padded_vocab_size
 from papers10.lm.trunk import CausalLM, TrunkConfig
 
 ROWS = [
-    dict(text=f"Document number {i}.", id=f"<urn:uuid:{i}>", dump="CC-MAIN-2024-10", url="https://example.org/a", file_path="s3://a",
-         language="en", language_score=0.97, token_count=4, score=3.2, int_score=3)
+    {"text": f"Document number {i}.", "id": f"<urn:uuid:{i}>", "dump": "CC-MAIN-2024-10", "url": "https://example.org/a", "file_path": "s3://a",
+         "language": "en", "language_score": 0.97, "token_count": 4, "score": 3.2, "int_score": 3}
     for i in range(7)
 ]
 
@@ -191,7 +200,7 @@ def test_schedule_ends_at_the_floor_and_resumes():
     assert math.isclose(other.get_last_lr()[0], rates[5])
     for options, name in (({"kind": "cosin"}, "kind"), ({"warmup": 10, "steps": 10}, "steps"), ({"floor": 2.0}, "floor")):
         with pytest.raises(ValueError, match=name):
-            schedule(optimizer, **{**dict(steps=20), **options})
+            schedule(optimizer, **{"steps": 20, **options})
 
 
 def test_depth_parity_counts():

@@ -13,19 +13,19 @@ from papers10.core.random import generator
 from papers10.lm.layers import Attention, RMSNorm, SwiGLU, float32_linear
 from papers10.lm.trunk import AdditiveResidual, CausalLM, TrunkConfig, width_scaled_init
 
-FULL = dict(num_heads=4, num_kv_heads=2, qk_norm="after_rope", attention_gate=True, attention_norm=True, key_shift=True,
-            value_shift=True, rope_fraction=0.5, logit_scale=0.5)
+FULL = {"num_heads": 4, "num_kv_heads": 2, "qk_norm": "after_rope", "attention_gate": True, "attention_norm": True, "key_shift": True,
+            "value_shift": True, "rope_fraction": 0.5, "logit_scale": 0.5}
 KINDS = {
     "plain": {},
     "everything": FULL,
-    "window": dict(window=3),
-    "window of one": dict(window=1),
-    "untied gelu": dict(tie_embeddings=False, mlp="gelu", qk_norm="before_rope"),
+    "window": {"window": 3},
+    "window of one": {"window": 1},
+    "untied gelu": {"tie_embeddings": False, "mlp": "gelu", "qk_norm": "before_rope"},
 }
 
 
 def build(seed=0, **options):
-    config = TrunkConfig(**{**dict(vocab_size=19, hidden_size=16, num_layers=2, num_heads=2, init_std=0.3), **options})
+    config = TrunkConfig(**{"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.3, **options})
     model = CausalLM(config).double()
     model.initialise(generator(seed, "init"))
     return model
