@@ -47,15 +47,19 @@ def delta_update_reference(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v
     out = state + gate[..., None, None] * unit[..., None] * error[..., None, :]
     return (out[..., 0] if vector else out).to(x.dtype)
 
-# %% ../nbs/kernels/delta_update.ipynb #43af3f3d
+# %% ../nbs/kernels/delta_update.ipynb #09936610
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _row_groups(x: Tensor) -> list[slice]:
     rows, width = x.shape[0], x.shape[1] * x.shape[2]
-    # Around 1 MiB of float32 state stays in a core's second-level cache; on a GPU launches cost more than cache misses.
-    budget = 2**18 if x.device.type == "cpu" else 2**25
+    # 2 MiB of float32 state a thread is about a core's second-level cache; fewer groups mean fewer meetings of the
+    # threads. At least two groups of a large state, so that what a group needs stays below one state. On a GPU
+    # launches cost more than cache misses.
+    budget = 2**19 * torch.get_num_threads() if x.device.type == "cpu" else 2**25
+    if rows * width > 2**17:
+        budget = min(budget, rows * width // 2)
     step = max(1, budget // max(width, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -363,3 +363,24 @@ def test_triton_on_the_card(dtype, rows, d, n):
         pairs = zip([out, *torch.autograd.grad(out, inputs, upstream)], [expected, *torch.autograd.grad(expected, wide, upstream.double())])
         for a, b in pairs:
             assert (a.double() - b).abs().max() <= limit * b.abs().max().clamp_min(1)
+
+
+@pytest.mark.skipif(not installed("numba"), reason="numba is not installed")
+def test_numba_works_where_no_cache_can_be_written(monkeypatch):
+    import numba
+
+    from papers10.kernels import delta_update as module
+
+    real = numba.njit
+
+    def no_cache(*positional, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*positional, **options)
+
+    monkeypatch.setattr(numba, "njit", no_cache)
+    forward, _ = module._numba_loops.__wrapped__(2)
+    x, k, v, beta = (tensor.detach() for tensor in operands(2, 3, 2))
+    out, error, norm = torch.empty_like(x), torch.empty_like(v), torch.empty_like(beta)
+    forward(0, 2, x.flatten(1).numpy(), k.numpy(), v.numpy(), beta.numpy(), 1e-5, out.flatten(1).numpy(), error.numpy(), norm.numpy())
+    torch.testing.assert_close(out, delta_update_reference(x, k, v, beta))
