@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/04_deep_delta_learning/experiments.htm
 __all__ = ['PARITY_ARMS', 'OSCILLATION_ARMS', 'OSCILLATION_MODES', 'DIGITS_ARMS', 'DIGITS_TRAINING', 'TEXT_SIZES', 'SWEEP_SEED',
            'seeded', 'count_parameters', 'DepthCounter', 'run_parity', 'Follower', 'oscillating_system',
            'run_oscillation', 'train_digits', 'run_digits', 'depth_profile', 'run_depth', 'build_text_model',
-           'run_text', 'validation_windows', 'gate_summary', 'best_rates']
+           'run_text', 'validation_windows', 'gate_summary', 'best_settings']
 
 # %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #4eebfb7f
 import math
@@ -392,7 +392,7 @@ def run_depth(arm: str, num_layers: int, seed: int, *, steps: int = 150, lr: flo
             "gradient_ratio": end["gradient"][0] / end["gradient"][-1], "start_growth": start["state"][-1] / start["state"][0],
             "start_gradient_ratio": start["gradient"][0] / start["gradient"][-1], "start": start, "end": end, "curve": _curve(history, "loss")}
 
-# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #b02296c7
+# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #0d614737
 TEXT_SIZES = {
     "mini": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
     "tiny": {"hidden_size": 64, "num_layers": 4, "num_heads": 2},
@@ -402,13 +402,14 @@ TEXT_SIZES = {
 
 
 def build_text_model(residual: str, size: str, *, vocab_size: int, seed: int = 0, target: str = "official", d_v: int = 4, backend: str = "auto",
-                     match: bool = True) -> nn.Module:
+                     match: bool = True, hidden_std_factor: float = 0.5) -> nn.Module:
     """Language model of the experiments.
 
     Args:
         residual: name known to `model.variant` (add, ddl, ddl-cc, write, hc, ...). size: name in `TEXT_SIZES`. vocab_size: tokens. seed: of the weights.
         target: "official" or "paper". d_v: value channels of expanded rules. backend: of `delta_update`.
         match: give "add" one more SwiGLU unit, so that its parameters match those of the scalar rules.
+        hidden_std_factor: standard deviation of the hidden weights times sqrt(width); the paper has 0.5.
 
     Returns:
         `DDLCausalLM`.
@@ -418,7 +419,7 @@ def build_text_model(residual: str, size: str, *, vocab_size: int, seed: int = 0
     """
     from papers10.deep_delta_learning.model import DDLCausalLM, variant
 
-    options = dict(TEXT_SIZES[check_choice("size", size, tuple(TEXT_SIZES))], vocab_size=vocab_size, backend=backend)
+    options = dict(TEXT_SIZES[check_choice("size", size, tuple(TEXT_SIZES))], vocab_size=vocab_size, backend=backend, hidden_std_factor=hidden_std_factor)
     width = options["hidden_size"]
     options["mlp_size"] = 8 * width // 3 + (1 if residual == "add" and match else 0)
     if residual not in ("add", "hc"):
@@ -431,12 +432,12 @@ def build_text_model(residual: str, size: str, *, vocab_size: int, seed: int = 0
 def run_text(residual: str, seed: int, *, tokens: Int[Tensor, "train"], val_tokens: Int[Tensor, "val"], vocab_size: int = 256, size: str = "tiny",
              target: str = "official", d_v: int = 4, steps: int = 200, lr: float = 3e-3, warmup: int = 20, lr_floor: float = 0.1,
              weight_decay: float = 0.1, betas: Sequence[float] = (0.9, 0.95), clip_norm: float = 1.0, seq_len: int = 64, batch: int = 16,
-             eval_every: int = 50, backend: str = "auto", max_seconds: float | None = None) -> dict:
+             eval_every: int = 50, backend: str = "auto", max_seconds: float | None = None, hidden_std_factor: float = 0.5) -> dict:
     """Train one residual rule on a token stream and score the validation tokens.
 
     Args:
         residual: name known to `model.variant`. seed: at least 0. tokens, val_tokens: int64 streams. vocab_size: tokens there are.
-        size, target, d_v, backend: as `build_text_model`. steps, lr, warmup, lr_floor, weight_decay, betas, clip_norm: of AdamW with cosine decay.
+        size, target, d_v, backend, hidden_std_factor: as `build_text_model`. steps, lr, warmup, lr_floor, weight_decay, betas, clip_norm: of AdamW with cosine decay.
         seq_len: tokens per window. batch: windows per update. eval_every: updates between validations, 0 for only the last. max_seconds: limit or None.
 
     Returns:
@@ -449,7 +450,8 @@ def run_text(residual: str, seed: int, *, tokens: Int[Tensor, "train"], val_toke
     from papers10.lm.optim import parameter_groups, schedule
     from papers10.lm.text import TokenWindows
 
-    model = build_text_model(residual, size, vocab_size=vocab_size, seed=seed, target=target, d_v=d_v, backend=backend)
+    model = build_text_model(residual, size, vocab_size=vocab_size, seed=seed, target=target, d_v=d_v, backend=backend,
+                             hidden_std_factor=hidden_std_factor)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=tuple(betas))
     scheduler = schedule(optimizer, "cosine", warmup, steps, lr_floor)
     windows = TokenWindows(tokens, seq_len, batch, seed)
@@ -518,26 +520,26 @@ def gate_summary(model: nn.Module, ids: Int[Tensor, "batch time"]) -> list[dict]
                         "k_norm": stat.k_norm.mean().item()})
     return records
 
-# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #2b90f189
+# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #4d03cbf7
 SWEEP_SEED = 100
 
 
-def best_rates(records: Sequence[dict]) -> dict[str, float]:
-    """Learning rate with the lowest validation loss for each arm.
+def best_settings(records: Sequence[dict]) -> dict[str, dict]:
+    """Record with the lowest validation loss for each arm.
 
     Args:
-        records: {"arm", "lr", "val_loss"} each; losses that are None or not finite never win.
+        records: {"arm", "val_loss", and the settings} each; losses that are None or not finite never win.
 
     Returns:
-        {arm: lr}.
+        {arm: record}.
 
     Raises:
         ValueError: an arm without a finite loss.
     """
-    best: dict[str, float] = {}
+    best: dict[str, dict] = {}
     for arm in {record["arm"]: None for record in records}:
         finite = [record for record in records if record["arm"] == arm and record["val_loss"] is not None and math.isfinite(record["val_loss"])]
         if not finite:
             raise ValueError(f"records: expected a finite validation loss for {arm}, got none")
-        best[arm] = min(finite, key=lambda record: record["val_loss"])["lr"]
+        best[arm] = min(finite, key=lambda record: record["val_loss"])
     return best

@@ -34,7 +34,7 @@ from ..core.settings import settings as machine
 from .experiments import TEXT_SIZES, build_text_model, count_parameters, gate_summary, validation_windows
 from ..kernels.common import BackendUnavailable
 
-# %% ../../nbs/04_deep_delta_learning/08_full_scale.ipynb #0c8a14c3
+# %% ../../nbs/04_deep_delta_learning/08_full_scale.ipynb #054ffd54
 class FullScale(Config):
     """One training at full scale; the fields are those of the chapter's parameters, with one rule and one seed."""
 
@@ -53,6 +53,8 @@ class FullScale(Config):
     steps: int = 100_000
     lr: float = 1e-3
     lr_additive: float = 1e-3
+    hidden_std_factor: float = 0.5
+    hidden_std_factor_additive: float = 0.5
     warmup: int = 2000
     lr_floor: float = 0.1
     weight_decay: float = 0.1
@@ -156,7 +158,7 @@ def check(settings: FullScale) -> None:
             if value != "bytes" and not Path(value).exists() and settings.task == "text":
                 raise DataMissing(f"{name}: {value} is on the hub and PAPERS10_OFFLINE is set; unset it or give a local folder")
 
-# %% ../../nbs/04_deep_delta_learning/08_full_scale.ipynb #dd3d94a0
+# %% ../../nbs/04_deep_delta_learning/08_full_scale.ipynb #ef1f8cf6
 class FolderLog:
     """What `core.loop.train` wants of a run, in a plain folder: logs/NAME.jsonl, a progress file, wandb when asked for. Only rank 0 writes."""
 
@@ -289,9 +291,10 @@ def train_text(settings: FullScale, folder: str | Path) -> dict:
     device, log = _device(settings), FolderLog(Path(folder), settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     windows, rows = _stream(settings, tokenizer)
+    plain = settings.rule in ("add", "hc")
     model = build_text_model(settings.rule, settings.size, vocab_size=padded_vocab_size(tokenizer), seed=settings.seed, target=settings.target, d_v=settings.d_v,
-                             backend=settings.backend, match=False).to(device)
-    lr = settings.lr_additive if settings.rule in ("add", "hc") else settings.lr
+                             backend=settings.backend, match=False, hidden_std_factor=settings.hidden_std_factor_additive if plain else settings.hidden_std_factor).to(device)
+    lr = settings.lr_additive if plain else settings.lr
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=lr, betas=tuple(settings.betas), fused=device.type == "cuda")
     state = TrainState(model, optimizer, schedule(optimizer, "cosine", settings.warmup, settings.steps, settings.lr_floor), batches=windows,
                        config={"settings": settings.model_dump(exclude=set(_MAY_CHANGE))})
