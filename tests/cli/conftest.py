@@ -109,15 +109,23 @@ class Tiny:
             (root / "data" / name).mkdir(parents=True)
             (root / "data" / name / "tiny.yaml").write_text(text)
         self.environment = {
-            **os.environ, "PAPERS10_CHAPTER_DATA": str(root / "data"), "PAPERS10_NOTEBOOKS": str(root / "nbs"),
-            "PAPERS10_RUNS": str(self.runs), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200",
+            **os.environ,
+            "PAPERS10_CHAPTER_DATA": str(root / "data"),
+            "PAPERS10_NOTEBOOKS": str(root / "nbs"),
+            "PAPERS10_RUNS": str(self.runs),
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+            "COLUMNS": "200",
         }
         place = root / "nbs" / "01_tiny"
         place.mkdir(parents=True)
         import yaml
 
         cell = presets.from_mapping(presets.ChapterPresets, yaml.safe_load(PRESETS)).cell()
-        cells = [nbformat.v4.new_markdown_cell("# Tiny\n> A walk"), nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
+        cells = [
+            nbformat.v4.new_markdown_cell("# Tiny\n> A walk"),
+            nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]}),
+        ]
         cells += [nbformat.v4.new_code_cell(source.strip()) for source in (START, WALK, END)]
         notebook = nbformat.v4.new_notebook(cells=cells)
         nbformat.write(notebook, place / "reproduce.ipynb")
@@ -127,12 +135,25 @@ class Tiny:
         return [sys.executable, "-c", "from papers10.cli import main; main()", *arguments]
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*arguments), check=False, capture_output=True, text=True, timeout=120,
-                              cwd=cwd or self.root, env={**self.environment, **environment})
+        return subprocess.run(
+            self.command(*arguments),
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=cwd or self.root,
+            env={**self.environment, **environment},
+        )
 
     def popen(self, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                cwd=self.root, env=self.environment)
+        return subprocess.Popen(
+            self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.root,
+            env=self.environment,
+        )
 
     def folders(self) -> list[Path]:
         return sorted((self.runs / "tiny").glob("*")) if (self.runs / "tiny").is_dir() else []

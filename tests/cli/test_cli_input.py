@@ -167,14 +167,18 @@ def test_dispatch_passes_what_was_asked(call, monkeypatch):
 
 
 def test_help_is_quick_and_loads_no_torch():
-    code = ("import sys; from papers10 import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
-            "assert not {'torch', 'numpy', 'papermill', 'pydantic'} & set(sys.modules)")
+    code = (
+        "import sys; from papers10 import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'papermill', 'pydantic'} & set(sys.modules)"
+    )
     fastest = 9.0
     for _ in range(3):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         fastest = min(fastest, time.perf_counter() - began)
     assert fastest < 0.5
-    listed = ("import sys; from papers10 import cli\ntry: cli.main(['list'])\nexcept SystemExit: pass\n"
-              "assert 'torch' not in sys.modules")
+    listed = (
+        "import sys; from papers10 import cli\ntry: cli.main(['list'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", listed], check=True, capture_output=True)

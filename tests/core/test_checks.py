@@ -73,7 +73,9 @@ def test_finite_counts_and_points(make):
         check_finite("x", make(values))
 
 
-@pytest.mark.parametrize("value", [torch.tensor([1, 2]), torch.zeros(0), np.zeros((0, 3)), [True], torch.ones(2, dtype=torch.bfloat16)])
+@pytest.mark.parametrize(
+    "value", [torch.tensor([1, 2]), torch.zeros(0), np.zeros((0, 3)), [True], torch.ones(2, dtype=torch.bfloat16)]
+)
 def test_finite_lets_through(value):
     assert check_finite("x", value) is value
 

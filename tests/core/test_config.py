@@ -34,11 +34,16 @@ class Outer(Config):
 
 
 @given(
-    st.integers(-1000, 1000).map(lambda n: 2 * n), st.floats(1e-6, 1e6), st.none() | st.lists(st.integers(), max_size=4),
-    st.lists(st.text()), st.booleans(),
+    st.integers(-1000, 1000).map(lambda n: 2 * n),
+    st.floats(1e-6, 1e6),
+    st.none() | st.lists(st.integers(), max_size=4),
+    st.lists(st.text()),
+    st.booleans(),
 )
 def test_round_trip_through_json(steps, rate, sizes, names, nested):
-    config = Outer(steps=steps, inner=Inner(rate=rate), sizes=sizes, names=names, maybe=Inner(rate=rate) if nested else None)
+    config = Outer(
+        steps=steps, inner=Inner(rate=rate), sizes=sizes, names=names, maybe=Inner(rate=rate) if nested else None
+    )
     assert from_mapping(Outer, json.loads(json.dumps(to_mapping(config)))) == config
 
 

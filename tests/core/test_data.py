@@ -76,7 +76,14 @@ def with_source(monkeypatch):
 
 
 def one_file(url, content=CONTENT):
-    return [{"key": "rows.csv", "url": f"{url}/rows.csv", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}]
+    return [
+        {
+            "key": "rows.csv",
+            "url": f"{url}/rows.csv",
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
+    ]
 
 
 def test_every_source_is_complete():
@@ -224,7 +231,9 @@ def test_user_source_cannot_be_fetched(with_source):
 def test_package_source_runs_pip_after_printing(with_source, monkeypatch, capsys):
     with_source(kind="package", package="rows-package", module="no_such_rows", version="1.2", no_deps=True, path="data")
     calls = []
-    monkeypatch.setattr(data.subprocess, "run", lambda command: calls.append(command) or subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(
+        data.subprocess, "run", lambda command: calls.append(command) or subprocess.CompletedProcess(command, 1)
+    )
     with pytest.raises(DataMissing, match="pip could not install rows-package"):
         fetch("rows")
     assert calls == [[sys.executable, "-m", "pip", "install", "--no-deps", "rows-package==1.2"]]
@@ -239,7 +248,14 @@ def test_hub_source_without_the_package_names_the_extra(with_source, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "fields", [{"kind": "package"}, {"kind": "hub"}, {"kind": "url"}, {"kind": "url", "files": [{"key": "a", "url": "b"}]}, {"kind": "ftp"}]
+    "fields",
+    [
+        {"kind": "package"},
+        {"kind": "hub"},
+        {"kind": "url"},
+        {"kind": "url", "files": [{"key": "a", "url": "b"}]},
+        {"kind": "ftp"},
+    ],
 )
 def test_incomplete_source_is_refused(fields):
     item = {"name": "rows", "title": "t", "licence": "l", "attribution": "a", **fields}
@@ -273,7 +289,9 @@ def test_manifest_update_keeps_origins(tmp_path):
 
 
 def test_committed_manifest_is_in_step():
-    assert manifest_problems() == [], "run: python -c 'from papers10.core.data import manifest_update; manifest_update()'"
+    assert manifest_problems() == [], (
+        "run: python -c 'from papers10.core.data import manifest_update; manifest_update()'"
+    )
 
 
 def test_shared_copies_are_the_published_files(monkeypatch):

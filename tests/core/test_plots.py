@@ -41,7 +41,9 @@ def axis():
 def test_theme_as_a_block_restores():
     before = dict(matplotlib.rcParams)
     with theme(figure_dpi=77):
-        assert matplotlib.rcParams["figure.dpi"] == 77 and matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(COLORS)
+        assert matplotlib.rcParams["figure.dpi"] == 77 and matplotlib.rcParams["axes.prop_cycle"].by_key()[
+            "color"
+        ] == list(COLORS)
     assert dict(matplotlib.rcParams) == before
 
 
@@ -94,8 +96,12 @@ def test_bars(axis):
 
 @pytest.mark.parametrize(
     ("records", "arguments", "name"),
-    [([], {}, "records"), ([{"label": "a"}], {}, r"records\[0\]"), ([{"label": "a", "mean": float("nan")}], {}, "records"),
-     ([{"label": "a", "mean": 1}], {"highlight": ["b"]}, "highlight")],
+    [
+        ([], {}, "records"),
+        ([{"label": "a"}], {}, r"records\[0\]"),
+        ([{"label": "a", "mean": float("nan")}], {}, "records"),
+        ([{"label": "a", "mean": 1}], {"highlight": ["b"]}, "highlight"),
+    ],
 )
 def test_bars_refuse(axis, records, arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
@@ -115,12 +121,18 @@ def test_table_escapes_everything(heading, text):
 
 def test_table_cells():
     shown = table(
-        [{"n": 5, "x": 1 / 3, "ok": True, "i": seed_interval([1, 2, 3])}, {"n": 124_000_000, "x": None, "i": float("nan")}],
-        {"n": "count", "x": "x", "ok": "ok", "i": "loss"}, digits=3,
+        [
+            {"n": 5, "x": 1 / 3, "ok": True, "i": seed_interval([1, 2, 3])},
+            {"n": 124_000_000, "x": None, "i": float("nan")},
+        ],
+        {"n": "count", "x": "x", "ok": "ok", "i": "loss"},
+        digits=3,
     )
     assert shown.rows == [["5", "0.333", "yes", "2 [-0.484, 4.48]"], ["124\u202f000\u202f000", "–", "–", "–"]]
     assert shown.columns == ["count", "x", "ok", "loss"]
-    assert 'style="text-align:right">count' in shown._repr_html_() and str(shown).splitlines()[0].split() == shown.columns
+    assert (
+        'style="text-align:right">count' in shown._repr_html_() and str(shown).splitlines()[0].split() == shown.columns
+    )
 
 
 def test_table_refuses():
@@ -132,7 +144,13 @@ def test_table_refuses():
 
 
 def test_image_strip_accepts_the_usual_layouts():
-    images = [np.zeros((4, 4)), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), np.zeros((4, 4), np.uint8), torch.zeros(1, 4, 4)]
+    images = [
+        np.zeros((4, 4)),
+        np.zeros((4, 4, 3)),
+        torch.zeros(3, 4, 4),
+        np.zeros((4, 4), np.uint8),
+        torch.zeros(1, 4, 4),
+    ]
     figure = image_strip(images, list("abcde"), columns=3)
     assert len(figure.axes) == 6 and sum(len(a.images) for a in figure.axes) == 5
     assert all(a.images[0].get_clim() == (0, 1) for a in figure.axes if a.images and a.images[0].get_array().ndim == 2)
@@ -153,7 +171,12 @@ def test_heatmap_two_sided_is_symmetric(axis):
 
 @pytest.mark.parametrize(
     ("matrix", "arguments", "name"),
-    [([1.0], {}, "matrix"), (np.zeros((0, 2)), {}, "matrix"), ([[float("nan")]], {}, "matrix"), ([[1.0]], {"rows": ["a", "b"]}, "rows")],
+    [
+        ([1.0], {}, "matrix"),
+        (np.zeros((0, 2)), {}, "matrix"),
+        ([[float("nan")]], {}, "matrix"),
+        ([[1.0]], {"rows": ["a", "b"]}, "rows"),
+    ],
 )
 def test_heatmap_refuses(axis, matrix, arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
@@ -164,12 +187,23 @@ def test_paper_versus_ours_pairs_numbers(monkeypatch):
     from papers10.core import claims, results
 
     claim = claims.Claim.model_validate(
-        {"id": "a.loss", "kind": "quality", "statement": "s", "where": "w", "metric": {"name": "text.loss", "unit": "nats"},
-         "paper": [{"setting": "new", "value": 1.0, "baseline": 2.0, "baseline_name": "old"}, {"setting": "words", "value": "better"}],
-         "tests": {name: {"not_testable": "here"} for name in ("smoke", "small", "paper")}}
+        {
+            "id": "a.loss",
+            "kind": "quality",
+            "statement": "s",
+            "where": "w",
+            "metric": {"name": "text.loss", "unit": "nats"},
+            "paper": [
+                {"setting": "new", "value": 1.0, "baseline": 2.0, "baseline_name": "old"},
+                {"setting": "words", "value": "better"},
+            ],
+            "tests": {name: {"not_testable": "here"} for name in ("smoke", "small", "paper")},
+        }
     )
-    record = {"claims": [{"id": "a.loss", "verdict": "not held"}],
-              "metrics": {"text.new.loss": {"mean": 1.5, "ci95": [1.4, 1.6]}, "text.new.other": {"mean": 9.0, "ci95": None}}}
+    record = {
+        "claims": [{"id": "a.loss", "verdict": "not held"}],
+        "metrics": {"text.new.loss": {"mean": 1.5, "ci95": [1.4, 1.6]}, "text.new.other": {"mean": 9.0, "ci95": None}},
+    }
     monkeypatch.setattr(claims, "load", lambda slug: type("Chapter", (), {"claims": [claim]}))
     monkeypatch.setattr(results, "records", lambda slug: {"small": record})
     left, right = paper_versus_ours("some-paper").axes

@@ -63,8 +63,11 @@ def test_shell_text():
 
 
 MEASURED = {
-    "a.x": {0: 1.0, 1: 1.2, 2: 1.1}, "b.x": {0: 1.5, 1: 1.6, 2: 1.5}, "zero": {0: 0.0, 1: 0.0, 2: 0.0},
-    "part": {0: 1.0, 1: None, 2: 1.0}, "short": {0: 1.0},
+    "a.x": {0: 1.0, 1: 1.2, 2: 1.1},
+    "b.x": {0: 1.5, 1: 1.6, 2: 1.5},
+    "zero": {0: 0.0, 1: 0.0, 2: 0.0},
+    "part": {0: 1.0, 1: None, 2: 1.0},
+    "short": {0: 1.0},
 }
 
 
@@ -122,25 +125,63 @@ def test_items_are_paired_and_clustered():
     assert 0.2 < alone["lower(new)"] < 0.45
 
 
-@pytest.mark.parametrize("text", [
-    "a.x > 0", "mean(a.x)", "1", "mean(a.x).real > 0", "open('x') > 0", "mean(*a) > 0", "mean(a.x, key=b) > 0",
-    "mean(a.x) > True", "mean([1]) > 0", "(x := 1) > 0", "mean(a.x) is 1", "all(mean(a.x)) > 0", "'a' > 'b'",
-    "mean(a.x) > 1e999", "", "(" * 300, "mean(f'{a}') > 0", "min(a.x) + 1 and max(a.x)",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.x > 0",
+        "mean(a.x)",
+        "1",
+        "mean(a.x).real > 0",
+        "open('x') > 0",
+        "mean(*a) > 0",
+        "mean(a.x, key=b) > 0",
+        "mean(a.x) > True",
+        "mean([1]) > 0",
+        "(x := 1) > 0",
+        "mean(a.x) is 1",
+        "all(mean(a.x)) > 0",
+        "'a' > 'b'",
+        "mean(a.x) > 1e999",
+        "",
+        "(" * 300,
+        "mean(f'{a}') > 0",
+        "min(a.x) + 1 and max(a.x)",
+    ],
+)
 def test_outside_the_language(text):
     with pytest.raises(claims.ExpressionError):
         claims.parse(text)
 
 
 def test_other_seeds_and_lacking_seeds():
-    chapter = claims.from_mapping(claims.ChapterClaims, {
-        "schema": 1, "chapter": "t", "paper": {"title": "T"}, "claims": [{
-            "id": "one", "kind": "cost", "statement": "s", "where": "w", "metric": {"name": "m"},
-            "tests": {"smoke": {"not_testable": "no"}, "paper": {"not_testable": "no"},
-                      "small": {"expr": "mean(m) > 0", "seeds": [0, 1]}},
-        }]})
-    result = {"preset": "small", "parameters": {"seeds": [7, 8]}, "errors": [],
-              "metrics": {"m": {"by_seed": {"7": 1.0, "8": 2.0}}}}
+    chapter = claims.from_mapping(
+        claims.ChapterClaims,
+        {
+            "schema": 1,
+            "chapter": "t",
+            "paper": {"title": "T"},
+            "claims": [
+                {
+                    "id": "one",
+                    "kind": "cost",
+                    "statement": "s",
+                    "where": "w",
+                    "metric": {"name": "m"},
+                    "tests": {
+                        "smoke": {"not_testable": "no"},
+                        "paper": {"not_testable": "no"},
+                        "small": {"expr": "mean(m) > 0", "seeds": [0, 1]},
+                    },
+                }
+            ],
+        },
+    )
+    result = {
+        "preset": "small",
+        "parameters": {"seeds": [7, 8]},
+        "errors": [],
+        "metrics": {"m": {"by_seed": {"7": 1.0, "8": 2.0}}},
+    }
     (verdict,) = claims.evaluate(result, chapter)
     assert verdict["verdict"] == "held" and "7, 8 instead of 0, 1" in verdict["reason"]
     result = {**result, "parameters": {"seeds": [0]}, "metrics": {"m": {"by_seed": {"0": 1.0}}}}

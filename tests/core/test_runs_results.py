@@ -36,8 +36,9 @@ def begin(tmp_path, monkeypatch):
     monkeypatch.delenv("PAPERS10_RUN_FOLDER", raising=False)
 
     def start(**values):
-        return runs.start("little", {"preset": "small", "seeds": [0, 1], "out_dir": str(tmp_path / "runs"),
-                                     "resume": False, **values})
+        return runs.start(
+            "little", {"preset": "small", "seeds": [0, 1], "out_dir": str(tmp_path / "runs"), "resume": False, **values}
+        )
 
     return start
 
@@ -76,8 +77,12 @@ def test_metrics(begin):
         run.metric("m", 1.0 + seed / 10, seed=seed, unit="s")
         run.metric("many", None, seed=seed, items={"p": 1.0, "q": 0.0, "r": None})
     run.metric("bad", float("nan"), seed=0)
-    for wrong in ({"name": "a b", "value": 1.0, "seed": 0}, {"name": "lambda.x", "value": 1.0, "seed": 0},
-                  {"name": "m", "value": 1.0, "seed": 0, "unit": "kg"}, {"name": "x", "value": 1.0, "seed": 0, "better": "up"}):
+    for wrong in (
+        {"name": "a b", "value": 1.0, "seed": 0},
+        {"name": "lambda.x", "value": 1.0, "seed": 0},
+        {"name": "m", "value": 1.0, "seed": 0, "unit": "kg"},
+        {"name": "x", "value": 1.0, "seed": 0, "better": "up"},
+    ):
         with pytest.raises(ValueError):
             run.metric(**wrong)
     with pytest.raises(TypeError):
@@ -129,7 +134,9 @@ def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_capabilities_lead_somewhere(begin, tmp_path):
     place = tmp_path / "nbs" / "01_little"
     place.mkdir(parents=True)
-    (place / "01_one.ipynb").write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": ["# One\n", "## The spectrum"]}]}))
+    (place / "01_one.ipynb").write_text(
+        json.dumps({"cells": [{"cell_type": "markdown", "source": ["# One\n", "## The spectrum"]}]})
+    )
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_x.py").write_text("def test_y():\n    pass\n")
     folder = tmp_path / "data" / "capabilities"

@@ -22,7 +22,14 @@ def test_defaults():
 
 
 def test_environment(monkeypatch, tmp_path):
-    values = {"HOME": tmp_path / "h", "RUNS": "~/r", "DATA": tmp_path, "OFFLINE": "1", "DEVICE": "cuda:1", "THREADS": "2"}
+    values = {
+        "HOME": tmp_path / "h",
+        "RUNS": "~/r",
+        "DATA": tmp_path,
+        "OFFLINE": "1",
+        "DEVICE": "cuda:1",
+        "THREADS": "2",
+    }
     for name, value in values.items():
         monkeypatch.setenv(f"PAPERS10_{name}", str(value))
     expected = Settings.model_construct(

@@ -108,9 +108,14 @@ def test_bootstrap_methods(method):
 @pytest.mark.parametrize(
     ("items", "arguments", "name"),
     [
-        ([], {}, "items"), ([1.0], {}, "items"), ([1.0, float("nan")], {}, "items"), (np.zeros((2, 2, 2)), {}, "items"),
-        ([1.0, 2.0], {"groups": [0, 0]}, "groups"), ([1.0, 2.0], {"groups": [0]}, "groups"),
-        ([1.0, 2.0], {"resamples": 0}, "resamples"), ([1.0, 2.0], {"method": "bcb"}, "method"),
+        ([], {}, "items"),
+        ([1.0], {}, "items"),
+        ([1.0, float("nan")], {}, "items"),
+        (np.zeros((2, 2, 2)), {}, "items"),
+        ([1.0, 2.0], {"groups": [0, 0]}, "groups"),
+        ([1.0, 2.0], {"groups": [0]}, "groups"),
+        ([1.0, 2.0], {"resamples": 0}, "resamples"),
+        ([1.0, 2.0], {"method": "bcb"}, "method"),
         ([1.0, 2.0], {"statistic": lambda v: float("nan")}, "statistic"),
     ],
 )
@@ -131,7 +136,12 @@ def test_paired():
 
 def test_wilson_known_values():
     # R. G. Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3.
-    for k, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for k, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson_interval(k, n)[1:3] == pytest.approx((low, high), abs=5e-5)
 
 
@@ -144,7 +154,9 @@ def test_wilson_is_scipys_and_inside(n, data):
     assert 0 <= found.low <= found.mean <= found.high <= 1
 
 
-@pytest.mark.parametrize(("k", "n", "error"), [(-1, 3, ValueError), (4, 3, ValueError), (0, 0, ValueError), (1.5, 3, TypeError)])
+@pytest.mark.parametrize(
+    ("k", "n", "error"), [(-1, 3, ValueError), (4, 3, ValueError), (0, 0, ValueError), (1.5, 3, TypeError)]
+)
 def test_wilson_refuses(k, n, error):
     with pytest.raises(error, match="expected"):
         wilson_interval(k, n)
@@ -184,7 +196,8 @@ def test_frechet_unsquared_mean():
 
 
 @pytest.mark.parametrize(
-    ("cov", "name"), [([[1, 1], [0, 1]], "cov1"), (np.diag([1, -1]), "cov1"), (np.eye(3), "cov1"), (np.eye(2) * np.nan, "cov1")]
+    ("cov", "name"),
+    [([[1, 1], [0, 1]], "cov1"), (np.diag([1, -1]), "cov1"), (np.eye(3), "cov1"), (np.eye(2) * np.nan, "cov1")],
 )
 def test_frechet_refuses(cov, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):

@@ -42,7 +42,7 @@ def compress_channels(x, weight, read, causal):
 
 def compress_tokens(x, weight, read):
     """Causal convolution over time, x [T, d, n], weight [d, n, taps] with the present token last, then the readout."""
-    time, d, n = x.shape
+    time, d, _ = x.shape
     taps = weight.shape[2]
     result = torch.zeros(time, d, dtype=x.dtype)
     for t in range(time):
@@ -81,7 +81,7 @@ def rotate(x, position, base=10000.0):
 
 def attend(c, weights, heads):
     """Causal attention over c [T, d]: rotation, then a norm of queries and keys per head."""
-    time, d = c.shape
+    time, _ = c.shape
     q, k, v = (c @ weights[name].T for name in ("c_q", "c_k", "c_v"))
     width = q.shape[1] // heads
     out = torch.zeros_like(q)
@@ -97,6 +97,7 @@ def attend(c, weights, heads):
 
 def language_model(state, ids, *, layers, heads, n, compressor):
     """Logits [T, V] of a released model from its own parameter names; compressor None, "channel" or "token"."""
+
     def weight(name):
         return state[f"{name}.weight"]
 
@@ -120,14 +121,32 @@ def language_model(state, ids, *, layers, heads, n, compressor):
             x_in = compressed(x, place + "compress")
             c = torch.stack([rms_norm(token, weight(place + norm)) for token in x_in])
             if part == "attn":
-                h = attend(c, {name: weight(f"{place}attn.{name}") for name in ("c_q", "c_k", "c_v", "c_proj", "q_rms", "k_rms")}, heads)
+                h = attend(
+                    c,
+                    {name: weight(f"{place}attn.{name}") for name in ("c_q", "c_k", "c_v", "c_proj", "q_rms", "k_rms")},
+                    heads,
+                )
             else:
                 gate = c @ weight(place + "mlp.c_fc1").T
                 h = (gate * torch.sigmoid(gate) * (c @ weight(place + "mlp.c_fc2").T)) @ weight(place + "mlp.c_proj").T
             name = f"{place}ddl_{part}."
-            x = torch.stack([
-                residual(x[t], h[t], c[t], x_in[t], gate_weight=state[name + "beta.weight"][0], gate_bias=state[name + "beta.bias"].item(),
-                         target_weight=state[name + "v_proj.weight"], target_bias=state[name + "v_proj.bias"], target_source="state", scale=4.0, eps=1e-5)
-                for t in range(x.shape[0])])
+            x = torch.stack(
+                [
+                    residual(
+                        x[t],
+                        h[t],
+                        c[t],
+                        x_in[t],
+                        gate_weight=state[name + "beta.weight"][0],
+                        gate_bias=state[name + "beta.bias"].item(),
+                        target_weight=state[name + "v_proj.weight"],
+                        target_bias=state[name + "v_proj.bias"],
+                        target_source="state",
+                        scale=4.0,
+                        eps=1e-5,
+                    )
+                    for t in range(x.shape[0])
+                ]
+            )
     x = compressed(x, "readout")
     return torch.stack([rms_norm(token, weight("transformer.ln_f")) for token in x]) @ embed.T

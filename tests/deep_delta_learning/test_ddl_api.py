@@ -23,4 +23,4 @@ def test_unknown_name():
     import papers10.deep_delta_learning as chapter
 
     with pytest.raises(AttributeError, match="DeltaResidul"):
-        chapter.DeltaResidul
+        getattr(chapter, "DeltaResidul")  # noqa: B009

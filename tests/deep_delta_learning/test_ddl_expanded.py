@@ -32,7 +32,12 @@ def test_channel_fold_equals_the_convolution(n, causal, data):
     got, state = module(x)
     assert state is None
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(got[1, 2], ddl_oracle.compress_channels(x[1, 2], module.weight.detach(), module.read.detach(), causal), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        got[1, 2],
+        ddl_oracle.compress_channels(x[1, 2], module.weight.detach(), module.read.detach(), causal),
+        atol=1e-12,
+        rtol=1e-12,
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -42,7 +47,9 @@ def test_token_compressor_equals_convolution_then_readout(taps, n, time):
     x = randn(2, time, 3, n)
     got, state = module(x)
     assert got.shape == (2, time, 3) and state.shape == (2, taps - 1, 3, n)
-    torch.testing.assert_close(got[1], ddl_oracle.compress_tokens(x[1], module.weight.detach(), module.read.detach()), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        got[1], ddl_oracle.compress_tokens(x[1], module.weight.detach(), module.read.detach()), atol=1e-12, rtol=1e-12
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -77,7 +84,11 @@ def test_starting_points():
 
 
 def test_gradients():
-    for module, x in ((EmbedExpand(2, 3), randn(1, 5, 2)), (ChannelCompressor(2, 3, 2, True), randn(1, 5, 2, 3)), (TokenCompressor(2, 3), randn(1, 5, 2, 3))):
+    for module, x in (
+        (EmbedExpand(2, 3), randn(1, 5, 2)),
+        (ChannelCompressor(2, 3, 2, True), randn(1, 5, 2, 3)),
+        (TokenCompressor(2, 3), randn(1, 5, 2, 3)),
+    ):
         module = random_parameters(module)
         names = [name for name, _ in module.named_parameters()]
 
@@ -99,18 +110,29 @@ def test_hyper_connection_starts_as_the_additive_network():
     torch.testing.assert_close(module.write(streams, h), expected)
 
 
-@pytest.mark.parametrize(("call", "error", "words"), [
-    (lambda: ChannelCompressor(3, 4, 5), ValueError, "kernel_size: expected at most the number of value channels n = 4, got 5"),
-    (lambda: ChannelCompressor(3, 0), ValueError, "n: expected"),
-    (lambda: TokenCompressor(3, 4, 0), ValueError, "kernel_size: expected"),
-    (lambda: EmbedExpand(3, 4, 2.0), TypeError, "kernel_size: expected an int"),
-    (lambda: EmbedExpand(3, 4)(torch.ones(2, 5, 4)), ValueError, r"x: expected shape .*d=3.*\[2, 5, 4\]"),
-    (lambda: TokenCompressor(3, 4)(torch.ones(2, 5, 3, 2)), ValueError, "n=4"),
-    (lambda: TokenCompressor(3, 4)(torch.ones(2, 5, 3, 4), torch.ones(2, 2, 3, 4)), ValueError, r"state: expected shape \[2, 3, 3, 4\]"),
-    (lambda: EmbedExpand(3, 4)(torch.ones(2, 5, 3, dtype=torch.int64)), TypeError, "floating"),
-    (lambda: HyperConnection(0, 0), ValueError, "n: expected"),
-    (lambda: HyperConnection(2, 0).write(torch.ones(2, 3, 2), torch.ones(2, 4)), ValueError, "h: expected shape"),
-])
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda: ChannelCompressor(3, 4, 5),
+            ValueError,
+            "kernel_size: expected at most the number of value channels n = 4, got 5",
+        ),
+        (lambda: ChannelCompressor(3, 0), ValueError, "n: expected"),
+        (lambda: TokenCompressor(3, 4, 0), ValueError, "kernel_size: expected"),
+        (lambda: EmbedExpand(3, 4, 2.0), TypeError, "kernel_size: expected an int"),
+        (lambda: EmbedExpand(3, 4)(torch.ones(2, 5, 4)), ValueError, r"x: expected shape .*d=3.*\[2, 5, 4\]"),
+        (lambda: TokenCompressor(3, 4)(torch.ones(2, 5, 3, 2)), ValueError, "n=4"),
+        (
+            lambda: TokenCompressor(3, 4)(torch.ones(2, 5, 3, 4), torch.ones(2, 2, 3, 4)),
+            ValueError,
+            r"state: expected shape \[2, 3, 3, 4\]",
+        ),
+        (lambda: EmbedExpand(3, 4)(torch.ones(2, 5, 3, dtype=torch.int64)), TypeError, "floating"),
+        (lambda: HyperConnection(0, 0), ValueError, "n: expected"),
+        (lambda: HyperConnection(2, 0).write(torch.ones(2, 3, 2), torch.ones(2, 4)), ValueError, "h: expected shape"),
+    ],
+)
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()

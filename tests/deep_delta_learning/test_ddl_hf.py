@@ -3,10 +3,9 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the extra lm: pip install 'papers10[lm]'")
 
-from papers10.core.config import ConfigError
+from papers10.core.config import ConfigError, to_mapping
 from papers10.deep_delta_learning import DDLForCausalLM, DDLHFConfig
 from papers10.deep_delta_learning.model import VARIANTS, variant
-from papers10.core.config import to_mapping
 
 SIZE = dict(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2)
 
@@ -33,7 +32,15 @@ def test_saves_loads_and_generates(name, tmp_path):
 def test_auto_classes_and_released_names(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    config = DDLHFConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ddl_value_channels=2, ddl_beta_init=0.5, ddl_v_sigmoid=False)
+    config = DDLHFConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ddl_value_channels=2,
+        ddl_beta_init=0.5,
+        ddl_v_sigmoid=False,
+    )
     assert config.core() == variant("ddl", **SIZE, d_v=2, beta_init=0.5, v_activation="none")
     DDLForCausalLM(config).save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is DDLForCausalLM

@@ -1,7 +1,16 @@
+import math
+
 import pytest
 import torch
 
-from papers10.deep_delta_learning.inspection import discrepancy_audit, gate_report, recording, regime_shares, shortcut_product, sublayer_name
+from papers10.deep_delta_learning.inspection import (
+    discrepancy_audit,
+    gate_report,
+    recording,
+    regime_shares,
+    shortcut_product,
+    sublayer_name,
+)
 from papers10.deep_delta_learning.model import VARIANTS, DDLCausalLM, variant
 from papers10.deep_delta_learning.vision import DeltaResNet, ResidualMLP
 
@@ -15,7 +24,12 @@ def ids():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_report_has_one_record_a_sublayer(name):
     report = gate_report(DDLCausalLM(variant(name, **SIZE), seed=0), ids())
-    assert [record["name"] for record in report] == ["block 0, attention", "block 0, mlp", "block 1, attention", "block 1, mlp"]
+    assert [record["name"] for record in report] == [
+        "block 0, attention",
+        "block 0, mlp",
+        "block 1, attention",
+        "block 1, mlp",
+    ]
     for record in report:
         assert record["state_norm"] > 0
         if VARIANTS[name]["rule"] in ("add", "hc"):
@@ -54,7 +68,7 @@ def test_other_networks_report_too():
 
 def test_shares_and_names():
     assert regime_shares(torch.tensor([[0.0, 0.49], [1.6, 2.0]])) == {"skip": 0.5, "overwrite": 0.0, "reflect": 0.5}
-    assert all(value != value for value in regime_shares(torch.empty(0)).values())
+    assert all(math.isnan(value) for value in regime_shares(torch.empty(0)).values())
     assert sublayer_name("model.residual.delta.0") == "block 0, attention" and sublayer_name("layers.3") == "layers.3"
 
 

@@ -6,17 +6,34 @@ import torch
 
 from papers10.core.config import ConfigError, from_mapping, replace, to_mapping
 from papers10.deep_delta_learning.model import (
-    VARIANTS, DDLBlock, DDLCausalLM, DDLConfig, DDLModel, convert_additive_checkpoint, flops_per_token, from_additive, iso_flop_steps, residual_flops, variant,
+    VARIANTS,
+    DDLBlock,
+    DDLCausalLM,
+    DDLConfig,
+    DDLModel,
+    convert_additive_checkpoint,
+    flops_per_token,
+    from_additive,
+    iso_flop_steps,
+    residual_flops,
+    variant,
 )
 from papers10.lm.cache import Cache
 from papers10.lm.optim import parameter_groups
 
 SIZE = dict(vocab_size=40, hidden_size=24, num_layers=2, num_heads=2)
 OPTIONS = {
-    "head_norm": dict(attention_norm=True), "output_gate": dict(attention_gate=True), "both": dict(attention_norm=True, attention_gate=True),
-    "key_shift": dict(key_shift=True), "value_shift": dict(value_shift=True),
-    "activations": dict(query_activation="silu", key_activation="relu", value_activation="elu+1"), "half_rope": dict(rope_fraction=0.5),
-    "no_qk_norm": dict(qk_norm="none"), "v_map": dict(mapping="v"), "two_layer_gate": dict(beta_hidden=5), "window": dict(window=3),
+    "head_norm": dict(attention_norm=True),
+    "output_gate": dict(attention_gate=True),
+    "both": dict(attention_norm=True, attention_gate=True),
+    "key_shift": dict(key_shift=True),
+    "value_shift": dict(value_shift=True),
+    "activations": dict(query_activation="silu", key_activation="relu", value_activation="elu+1"),
+    "half_rope": dict(rope_fraction=0.5),
+    "no_qk_norm": dict(qk_norm="none"),
+    "v_map": dict(mapping="v"),
+    "two_layer_gate": dict(beta_hidden=5),
+    "window": dict(window=3),
 }
 
 
@@ -89,7 +106,11 @@ def test_the_future_is_not_seen():
 def test_gradients_reach_every_parameter(name):
     model = rough(variant(name, **SIZE))
     model(ids(), labels=ids()).loss.backward()
-    dead = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.abs().sum()]
+    dead = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.abs().sum()
+    ]
     assert not dead
 
 
@@ -150,7 +171,10 @@ def test_variants_share_the_initial_weights_of_their_twin():
 
 
 def test_mup_scales_the_logits():
-    plain, scaled = DDLCausalLM(variant("ddl", **SIZE), seed=0), DDLCausalLM(variant("ddl", **SIZE, mup=True, mup_base=48), seed=0)
+    plain, scaled = (
+        DDLCausalLM(variant("ddl", **SIZE), seed=0),
+        DDLCausalLM(variant("ddl", **SIZE, mup=True, mup_base=48), seed=0),
+    )
     torch.testing.assert_close(scaled(ids()).logits, 2 * plain(ids()).logits)
 
 
@@ -196,8 +220,12 @@ def test_hyper_connections_start_as_the_additive_model_up_to_the_final_scale():
 
 def nanogpt(state, layers, fused, transposed):
     """The same weights under the names of nanoGPT (fused query-key-value, as GPT-2) or of the released models."""
-    result = {"transformer.wte.weight": state["embed.weight"], "lm_head.weight": state["embed.weight"], "transformer.ln_f.weight": state["final_norm.weight"]}
-    turn = (lambda w: w.T.contiguous()) if transposed else (lambda w: w)      # GPT-2 stores [inputs, outputs]
+    result = {
+        "transformer.wte.weight": state["embed.weight"],
+        "lm_head.weight": state["embed.weight"],
+        "transformer.ln_f.weight": state["final_norm.weight"],
+    }
+    turn = (lambda w: w.T.contiguous()) if transposed else (lambda w: w)  # GPT-2 stores [inputs, outputs]
     for layer in range(layers):
         names = DDLCausalLM.block_names(layer)
         target = f"transformer.h.{layer}."
@@ -207,10 +235,16 @@ def nanogpt(state, layers, fused, transposed):
         else:
             result |= {target + "attn.c_q.weight": q, target + "attn.c_k.weight": k, target + "attn.c_v.weight": v}
         result[target + "attn.c_proj.weight"] = turn(state[names["attention_output"]])
-        result[target + "mlp.c_fc1.weight"], result[target + "mlp.c_fc2.weight"] = turn(state[names["mlp_gate"]]), turn(state[names["mlp_up"]])
+        result[target + "mlp.c_fc1.weight"], result[target + "mlp.c_fc2.weight"] = (
+            turn(state[names["mlp_gate"]]),
+            turn(state[names["mlp_up"]]),
+        )
         result[target + "mlp.c_proj.weight"] = turn(state[names["mlp_output"]])
         result[target + "ln_1.weight"], result[target + "ln_2.weight"] = state[names["norm_1"]], state[names["norm_2"]]
-        result[target + "attn.q_rms.weight"], result[target + "attn.k_rms.weight"] = state[names["query_norm"]], state[names["key_norm"]]
+        result[target + "attn.q_rms.weight"], result[target + "attn.k_rms.weight"] = (
+            state[names["query_norm"]],
+            state[names["key_norm"]],
+        )
     return result
 
 
@@ -231,7 +265,9 @@ def test_conversion_refuses_what_has_no_place():
     foreign = nanogpt(rough(variant("add", **SIZE)).state_dict(), 2, True, False)
     with pytest.raises(ValueError, match="transformer.wpe.weight"):
         convert_additive_checkpoint(foreign | {"transformer.wpe.weight": torch.zeros(8, 24)}, variant("ddl", **SIZE))
-    kept = convert_additive_checkpoint(foreign | {"transformer.wpe.weight": torch.zeros(8, 24)}, variant("ddl", **SIZE), ignore=("wpe",))
+    kept = convert_additive_checkpoint(
+        foreign | {"transformer.wpe.weight": torch.zeros(8, 24)}, variant("ddl", **SIZE), ignore=("wpe",)
+    )
     assert "embed.weight" in kept
     missing = {name: value for name, value in foreign.items() if "h.1.mlp.c_proj" not in name}
     with pytest.raises(ValueError, match="missing"):
@@ -276,35 +312,66 @@ def test_configuration_round_trip_and_released_names():
     config = variant("ddl-tc", **SIZE, gate="hard", beta_init=0.5)
     assert from_mapping(DDLConfig, json.loads(json.dumps(to_mapping(config)))) == config
     assert replace(config, d_v=2).d_v == 2
-    released = DDLConfig(num_hidden_layers=3, num_attention_heads=2, hidden_size=32, ddl_value_channels=2, ddl_state_shortconv_kernel_size=2, ddl_beta_init=0.3,
-                         ddl_v_sigmoid=False, ddl_k_eps=1e-6, ddl_state_dv_shortconv_causal=True, input_embed_shortconv_kernel_size=3, use_qk_rmsnorm=False,
-                         using_groupnorm=True, block_size=64, bias=False, dropout=0.0, embedding_init_std=0.03, hidden_init_std_factor=0.4, q_activation="silu",
-                         v_activation="relu")
-    assert (released.num_layers, released.d_v, released.compress_kernel, released.beta_init, released.k_eps) == (3, 2, 2, 0.3, 1e-6)
-    assert released.compress_causal and released.expand_kernel == 3 and released.qk_norm == "none" and released.attention_norm
+    released = DDLConfig(
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        hidden_size=32,
+        ddl_value_channels=2,
+        ddl_state_shortconv_kernel_size=2,
+        ddl_beta_init=0.3,
+        ddl_v_sigmoid=False,
+        ddl_k_eps=1e-6,
+        ddl_state_dv_shortconv_causal=True,
+        input_embed_shortconv_kernel_size=3,
+        use_qk_rmsnorm=False,
+        using_groupnorm=True,
+        block_size=64,
+        bias=False,
+        dropout=0.0,
+        embedding_init_std=0.03,
+        hidden_init_std_factor=0.4,
+        q_activation="silu",
+        v_activation="relu",
+    )
+    assert (released.num_layers, released.d_v, released.compress_kernel, released.beta_init, released.k_eps) == (
+        3,
+        2,
+        2,
+        0.3,
+        1e-6,
+    )
+    assert (
+        released.compress_causal
+        and released.expand_kernel == 3
+        and released.qk_norm == "none"
+        and released.attention_norm
+    )
     assert (released.query_activation, released.value_activation, released.v_activation) == ("silu", "relu", "none")
     constant = DDLConfig(ddl_v_dim1_constant=True, ddl_v_dim1_constant_value=1.5)
     assert constant.v_constant == 1.5
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    (dict(ddl_beta_inti=1.0), "ddl_beta_inti.*ddl_beta_init"),
-    (dict(ddl_unheard_of=1.0), "ddl_unheard_of"),
-    (dict(hiden_size=8), "hiden_size.*hidden_size"),
-    (dict(hidden_size=10, num_heads=3), "hidden_size"),
-    (dict(hidden_size=15, num_heads=3), "head_dim"),
-    (dict(head_dim=7), "head_dim.*even"),
-    (dict(beta_init=2.5), "beta_init"),
-    (dict(beta_max=0.0), "beta_max"),
-    (dict(beta_max=1.0, beta_init=1.5), "beta_init"),
-    (dict(k_eps=-1.0), "k_eps"),
-    (dict(d_v=0), "d_v"),
-    (dict(d_v=4, compress_kernel=5), "compress_kernel.*at most d_v = 4"),
-    (dict(dropout=0.1), "dropout"),
-    (dict(rule="delt"), "rule.*delta"),
-    (dict(num_layers=2, num_hidden_layers=2), "both"),
-    (dict(d_v="4"), "d_v"),
-])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(ddl_beta_inti=1.0), "ddl_beta_inti.*ddl_beta_init"),
+        (dict(ddl_unheard_of=1.0), "ddl_unheard_of"),
+        (dict(hiden_size=8), "hiden_size.*hidden_size"),
+        (dict(hidden_size=10, num_heads=3), "hidden_size"),
+        (dict(hidden_size=15, num_heads=3), "head_dim"),
+        (dict(head_dim=7), "head_dim.*even"),
+        (dict(beta_init=2.5), "beta_init"),
+        (dict(beta_max=0.0), "beta_max"),
+        (dict(beta_max=1.0, beta_init=1.5), "beta_init"),
+        (dict(k_eps=-1.0), "k_eps"),
+        (dict(d_v=0), "d_v"),
+        (dict(d_v=4, compress_kernel=5), "compress_kernel.*at most d_v = 4"),
+        (dict(dropout=0.1), "dropout"),
+        (dict(rule="delt"), "rule.*delta"),
+        (dict(num_layers=2, num_hidden_layers=2), "both"),
+        (dict(d_v="4"), "d_v"),
+    ],
+)
 def test_bad_configurations_are_named(fields, words):
     with pytest.raises(ConfigError, match=words):
         DDLConfig(**fields)

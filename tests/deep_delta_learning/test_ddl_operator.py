@@ -5,10 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papers10.deep_delta_learning.operator import (
-    apply_inverse, apply_operator, delta_operator, delta_spectrum, delta_update, rotation_from_reflections, unit_direction,
+    apply_inverse,
+    apply_operator,
+    delta_operator,
+    delta_spectrum,
+    delta_update,
+    rotation_from_reflections,
+    unit_direction,
 )
 
-EXACT = dict(atol=1e-12, rtol=1e-12)       # float64, sizes of order one
+EXACT = dict(atol=1e-12, rtol=1e-12)  # float64, sizes of order one
 
 
 def case(seed, d, n, batch=3):
@@ -57,7 +63,11 @@ def test_columns_are_independent_and_rows_permute():
     x, k, v, beta = case(1, 5, 4)
     new = delta_update(x, k, v, beta, eps=0.0)
     for column in range(4):
-        torch.testing.assert_close(new[..., column], delta_update(x[..., column].contiguous(), k, v[:, column].contiguous(), beta, eps=0.0), **EXACT)
+        torch.testing.assert_close(
+            new[..., column],
+            delta_update(x[..., column].contiguous(), k, v[:, column].contiguous(), beta, eps=0.0),
+            **EXACT,
+        )
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(delta_update(x[:, order], k[:, order], v, beta, eps=0.0), new[:, order], **EXACT)
 
@@ -72,8 +82,16 @@ def test_scale_of_the_direction_does_not_matter_and_its_sign_moves_to_the_target
 def test_hand_values_of_the_specification():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     k, v = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([5.0, -1.0], dtype=torch.float64)
-    for beta, expected in ((0.5, [[1.6, 0.38], [3.8, 1.84]]), (1.0, [[2.2, -1.24], [4.6, -0.32]]), (2.0, [[3.4, -4.48], [6.2, -4.64]])):
-        torch.testing.assert_close(delta_update(x, k, v, torch.tensor(beta, dtype=torch.float64), eps=0.0), torch.tensor(expected, dtype=torch.float64), **EXACT)
+    for beta, expected in (
+        (0.5, [[1.6, 0.38], [3.8, 1.84]]),
+        (1.0, [[2.2, -1.24], [4.6, -0.32]]),
+        (2.0, [[3.4, -4.48], [6.2, -4.64]]),
+    ):
+        torch.testing.assert_close(
+            delta_update(x, k, v, torch.tensor(beta, dtype=torch.float64), eps=0.0),
+            torch.tensor(expected, dtype=torch.float64),
+            **EXACT,
+        )
     operator = delta_operator(k, 1.5)
     torch.testing.assert_close(operator, torch.tensor([[0.46, -0.72], [-0.72, 0.04]], dtype=torch.float64), **EXACT)
     torch.testing.assert_close(torch.linalg.eigvalsh(operator), torch.tensor([-0.5, 1.0], dtype=torch.float64), **EXACT)
@@ -97,7 +115,7 @@ def test_guard_is_the_papers_and_not_that_of_the_fused_kernel():
     assert abs(float(unit_direction(k, 1e-5).norm()) - 0.5**0.5) < 1e-12
     x = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
     moved = delta_update(x, k, torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64), eps=1e-5)
-    assert abs(float(moved[0]) - 0.5) < 1e-9          # 1 - kappa^2 with kappa^2 = 1/2; the fused kernel's guard would give 0.8
+    assert abs(float(moved[0]) - 0.5) < 1e-9  # 1 - kappa^2 with kappa^2 = 1/2; the fused kernel's guard would give 0.8
 
 
 @settings(max_examples=30, deadline=None)
@@ -130,8 +148,13 @@ def test_inverse_and_rotation():
     for angle in (0.4, 2.0, -1.1):
         first, second = rotation_from_reflections(angle)
         turn = delta_operator(second, 2.0) @ delta_operator(first, 2.0)
-        cosine, sine = torch.cos(torch.tensor(angle, dtype=torch.float64)), torch.sin(torch.tensor(angle, dtype=torch.float64))
-        torch.testing.assert_close(turn, torch.stack([torch.stack([cosine, -sine]), torch.stack([sine, cosine])]), **EXACT)
+        cosine, sine = (
+            torch.cos(torch.tensor(angle, dtype=torch.float64)),
+            torch.sin(torch.tensor(angle, dtype=torch.float64)),
+        )
+        torch.testing.assert_close(
+            turn, torch.stack([torch.stack([cosine, -sine]), torch.stack([sine, cosine])]), **EXACT
+        )
 
 
 def mutant_product(x, k, v, beta, eps):
@@ -150,14 +173,25 @@ def test_known_misreadings_of_the_rule_are_told_apart(mutant):
     assert not torch.allclose(mutant(x, k, v, beta, 0.0), delta_update(x, k, v, beta, eps=0.0), atol=1e-3)
 
 
-@pytest.mark.parametrize(("call", "error", "words"), [
-    (lambda: unit_direction(torch.ones(3, dtype=torch.int64)), TypeError, "k: expected a floating tensor"),
-    (lambda: unit_direction(torch.ones(3), eps=-1.0), ValueError, "eps"),
-    (lambda: delta_operator(torch.ones(2, 3), torch.ones(3)), ValueError, r"beta: expected a number or shape \[2\]"),
-    (lambda: delta_spectrum(torch.ones(3), 1.0, n=0), ValueError, "n: expected at least 1"),
-    (lambda: apply_operator(torch.ones(2, 4), torch.ones(2, 3), 1.0), ValueError, r"\[2, 3\].*\[2, 4\]"),
-    (lambda: apply_operator(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3), 1.0), TypeError, "x: expected a floating"),
-])
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: unit_direction(torch.ones(3, dtype=torch.int64)), TypeError, "k: expected a floating tensor"),
+        (lambda: unit_direction(torch.ones(3), eps=-1.0), ValueError, "eps"),
+        (
+            lambda: delta_operator(torch.ones(2, 3), torch.ones(3)),
+            ValueError,
+            r"beta: expected a number or shape \[2\]",
+        ),
+        (lambda: delta_spectrum(torch.ones(3), 1.0, n=0), ValueError, "n: expected at least 1"),
+        (lambda: apply_operator(torch.ones(2, 4), torch.ones(2, 3), 1.0), ValueError, r"\[2, 3\].*\[2, 4\]"),
+        (
+            lambda: apply_operator(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3), 1.0),
+            TypeError,
+            "x: expected a floating",
+        ),
+    ],
+)
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()

@@ -8,8 +8,11 @@ from papers10.deep_delta_learning.model import DDLCausalLM, DDLConfig, convert_r
 
 D, LAYERS, HEADS, WIDTH, VOCABULARY, MLP = 12, 2, 2, 6, 20, 32
 FILES = {
-    "scalar state": (1, None, False), "channel, input convolution": (4, "channel", True), "channel": (4, "channel", False),
-    "token, input convolution": (4, "token", True), "token": (4, "token", False),
+    "scalar state": (1, None, False),
+    "channel, input convolution": (4, "channel", True),
+    "channel": (4, "channel", False),
+    "token, input convolution": (4, "token", True),
+    "token": (4, "token", False),
 }
 
 
@@ -46,8 +49,16 @@ def released(n, compressor, convolution, seed=0):
     compress("readout")
     if convolution:
         state["input_embed.conv.weight"] = randn(D * n, 1, 4)
-    config = DDLConfig(vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, head_dim=WIDTH, ddl_value_channels=n,
-                       compressor=compressor or "channel", embed_conv=convolution)
+    config = DDLConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        head_dim=WIDTH,
+        ddl_value_channels=n,
+        compressor=compressor or "channel",
+        embed_conv=convolution,
+    )
     return state, config
 
 

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from papers10.core.checks import NonFiniteError
-from papers10.deep_delta_learning.residual import DeltaGate, DeltaResidual, DeltaStats, TargetHead, gate_bias, gate_value, write_update
+from papers10.deep_delta_learning.residual import (
+    DeltaGate,
+    DeltaResidual,
+    DeltaStats,
+    TargetHead,
+    gate_bias,
+    gate_value,
+    write_update,
+)
 
 
 def tensors(n, dtype=torch.float64, d=6, seed=0, shape=(2, 3)):
@@ -32,9 +40,18 @@ def test_module_agrees_with_the_equations(n, preset):
         for t in range(3):
             state = x[b, t].reshape(6, -1)
             expected = ddl_oracle.residual(
-                state, h[b, t], context[b, t], x[b, t] if n == 1 else x_in[b, t], gate_weight=layer.gate.output.weight[0].detach(),
-                gate_bias=layer.gate.output.bias.item(), target_weight=layer.target.linear.weight.detach(), target_bias=layer.target.linear.bias.detach(),
-                target_source="state" if preset == "official" else "context", scale=4.0 if preset == "official" else None, eps=1e-5)
+                state,
+                h[b, t],
+                context[b, t],
+                x[b, t] if n == 1 else x_in[b, t],
+                gate_weight=layer.gate.output.weight[0].detach(),
+                gate_bias=layer.gate.output.bias.item(),
+                target_weight=layer.target.linear.weight.detach(),
+                target_bias=layer.target.linear.bias.detach(),
+                target_source="state" if preset == "official" else "context",
+                scale=4.0 if preset == "official" else None,
+                eps=1e-5,
+            )
             torch.testing.assert_close(new[b, t].reshape(6, -1).detach(), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -84,11 +101,24 @@ def test_half_precision_does_not_overflow():
     x, context = torch.zeros(1, 1024, dtype=torch.float16), torch.zeros(1, 1024, dtype=torch.float16)
     new = layer(x, torch.full((1, 1024), 300.0, dtype=torch.float16), context)
     assert torch.isfinite(new).all()
-    torch.testing.assert_close(new.float(), torch.full((1, 1024), 2.0 / 32), atol=1e-3, rtol=0)      # beta 1, v 2, k = 1/32
+    torch.testing.assert_close(new.float(), torch.full((1, 1024), 2.0 / 32), atol=1e-3, rtol=0)  # beta 1, v 2, k = 1/32
 
 
-@pytest.mark.parametrize("options", [dict(), dict(preset="paper"), dict(rule="write"), dict(mapping="v"), dict(gate="hard", beta_init=0.8), dict(beta_hidden=3),
-                                     dict(v_activation="tanh", v_source="context"), dict(v_constant=2.0), dict(gate="fixed", beta_init=2.0), dict(save="output")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(preset="paper"),
+        dict(rule="write"),
+        dict(mapping="v"),
+        dict(gate="hard", beta_init=0.8),
+        dict(beta_hidden=3),
+        dict(v_activation="tanh", v_source="context"),
+        dict(v_constant=2.0),
+        dict(gate="fixed", beta_init=2.0),
+        dict(save="output"),
+    ],
+)
 @pytest.mark.parametrize("n", [1, 3])
 def test_gradients_agree_with_finite_differences(options, n):
     layer = built(n, d=4, **options)
@@ -113,7 +143,7 @@ def test_write_is_delta_without_the_erase_term():
 
 
 def test_add_has_no_parameters_and_broadcasts():
-    x, h, context, x_in = tensors(3)
+    x, h, context, _ = tensors(3)
     layer = DeltaResidual(6, 3, rule="add")
     assert not list(layer.parameters()) and layer.no_decay_parameters() == []
     assert torch.equal(layer(x, h, context), x + h[..., None])
@@ -180,7 +210,9 @@ def test_bad_values_stay_in_their_token():
     h[1, 0, 0] = math.inf
     bad = torch.isnan(layer(x, h, context)).any(-1)
     assert bad.tolist() == [[False, False, False], [True, False, False]]
-    with pytest.raises(NonFiniteError, match=r"h: expected finite values, got 1 non-finite, first at index \(1, 0, 0\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"h: expected finite values, got 1 non-finite, first at index \(1, 0, 0\)"
+    ):
         built(1, check_finite=True)(x, h, context)
     assert issubclass(NonFiniteError, FloatingPointError)
 
@@ -198,21 +230,24 @@ def test_state_dict_round_trip_and_compile_free_of_hidden_state():
     assert torch.equal(first(x, h, context, x_in), second(x, h, context, x_in))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (dict(n=0), "n: expected an int of at least 1, got 0"),
-    (dict(k_eps=-1.0), "k_eps"),
-    (dict(beta_init=2.5), "beta_init"),
-    (dict(beta_init=-0.1), "beta_init"),
-    (dict(beta_max=0.0), "beta_max"),
-    (dict(beta_max=2.1), "beta_max"),
-    (dict(beta_max=1.0, beta_init=1.5), "beta_init: expected at most beta_max"),
-    (dict(rule="delte"), "rule.*delta"),
-    (dict(preset="offical"), "preset.*official"),
-    (dict(mapping="x"), "mapping"),
-    (dict(gate="sigmiod"), "gate.*sigmoid"),
-    (dict(v_activation="relu"), "v_activation"),
-    (dict(v_source="input"), "v_source"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(n=0), "n: expected an int of at least 1, got 0"),
+        (dict(k_eps=-1.0), "k_eps"),
+        (dict(beta_init=2.5), "beta_init"),
+        (dict(beta_init=-0.1), "beta_init"),
+        (dict(beta_max=0.0), "beta_max"),
+        (dict(beta_max=2.1), "beta_max"),
+        (dict(beta_max=1.0, beta_init=1.5), "beta_init: expected at most beta_max"),
+        (dict(rule="delte"), "rule.*delta"),
+        (dict(preset="offical"), "preset.*official"),
+        (dict(mapping="x"), "mapping"),
+        (dict(gate="sigmiod"), "gate.*sigmoid"),
+        (dict(v_activation="relu"), "v_activation"),
+        (dict(v_source="input"), "v_source"),
+    ],
+)
 def test_bad_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         DeltaResidual(6, **options)

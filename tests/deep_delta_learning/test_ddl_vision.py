@@ -49,7 +49,10 @@ def test_network_trains_a_step_on_odd_sizes(axis):
     assert DownsampleBlock(4, 8)(torch.randn(2, 4, 9, 7)).shape == (2, 8, 5, 4)
 
 
-@pytest.mark.parametrize(("n", "rule"), [(1, "add"), (1, "delta"), (1, "write"), (4, "add"), (4, "delta"), (4, "write"), (4, "hc"), (1, "hc")])
+@pytest.mark.parametrize(
+    ("n", "rule"),
+    [(1, "add"), (1, "delta"), (1, "write"), (4, "add"), (4, "delta"), (4, "write"), (4, "hc"), (1, "hc")],
+)
 def test_residual_mlp_variants(n, rule):
     torch.manual_seed(0)
     model = ResidualMLP(16, 3, width=8, hidden=8, num_layers=3, n=n, rule=rule)
@@ -76,15 +79,18 @@ def test_fixed_zero_gate_makes_the_network_shallow():
     assert torch.equal(states[0], states[-1])
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: DeltaConvBlock(4, axis="maps"), "axis.*map"),
-    (lambda: DeltaConvBlock(4, rule="deltas"), "rule.*delta"),
-    (lambda: DeltaConvBlock(4)(torch.ones(2, 5, 3, 3)), "x: expected shape"),
-    (lambda: DeltaResNet(widths=()), "widths"),
-    (lambda: DeltaResNet(3)(torch.ones(2, 1, 8, 8)), "images: expected shape"),
-    (lambda: ResidualMLP(rule="hc", gate="hard"), "hc.*gate"),
-    (lambda: ResidualMLP(64)(torch.ones(2, 63)), "x: expected shape"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: DeltaConvBlock(4, axis="maps"), "axis.*map"),
+        (lambda: DeltaConvBlock(4, rule="deltas"), "rule.*delta"),
+        (lambda: DeltaConvBlock(4)(torch.ones(2, 5, 3, 3)), "x: expected shape"),
+        (lambda: DeltaResNet(widths=()), "widths"),
+        (lambda: DeltaResNet(3)(torch.ones(2, 1, 8, 8)), "images: expected shape"),
+        (lambda: ResidualMLP(rule="hc", gate="hard"), "hc.*gate"),
+        (lambda: ResidualMLP(64)(torch.ones(2, 63)), "x: expected shape"),
+    ],
+)
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -31,13 +31,19 @@ def test_convolution_can_be_cut_anywhere(lengths, taps, channels, multiple):
         pieces.append(y)
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-12) and torch.equal(state, end)
     for t in range(sum(lengths)):
-        by_hand = sum(weight[:, taps - 1 - s].view(channels, multiple) * x[:, t - s, :, None] for s in range(min(taps, t + 1)))
+        by_hand = sum(
+            weight[:, taps - 1 - s].view(channels, multiple) * x[:, t - s, :, None] for s in range(min(taps, t + 1))
+        )
         assert torch.allclose(whole[:, t], by_hand.flatten(1), atol=1e-12)
 
 
 def test_convolution_names_what_does_not_fit():
     x = draw(2, 3, 4)
-    for arguments, name in (((x[0], draw(4, 2)), "x"), ((x, draw(5, 2)), "weight"), ((x, draw(4, 3), draw(2, 1, 4)), "state")):
+    for arguments, name in (
+        ((x[0], draw(4, 2)), "x"),
+        ((x, draw(5, 2)), "weight"),
+        ((x, draw(4, 3), draw(2, 1, 4)), "state"),
+    ):
         with pytest.raises(ValueError, match=f"^{name}"):
             causal_depthwise_conv(*arguments)
 
@@ -94,7 +100,9 @@ def test_rotation_sees_distance_only(half, shift, layout):
     q, k = draw(1, 5, 2 * half), draw(1, 5, 2 * half, seed=1)
     places = torch.arange(5)
     near = rotary(q, places, layout=layout) @ rotary(k, places, layout=layout).transpose(1, 2)
-    far = rotary(q, places + shift, layout=layout) @ rebase(rotary(k, places, layout=layout), shift, layout=layout).transpose(1, 2)
+    far = rotary(q, places + shift, layout=layout) @ rebase(
+        rotary(k, places, layout=layout), shift, layout=layout
+    ).transpose(1, 2)
     assert torch.allclose(near, far, atol=1e-10)
 
 

@@ -15,7 +15,9 @@ from papers10.lm.trunk import CausalLM, TrunkConfig
 
 
 def build(**options):
-    config = TrunkConfig(**{"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.4, **options})
+    config = TrunkConfig(
+        **{"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.4, **options}
+    )
     model = CausalLM(config)
     model.initialise(generator(0, "init"))
     return model
@@ -30,7 +32,9 @@ def test_sampling_frequencies_follow_the_model():
 
 def test_logprobs_are_the_models():
     model, prompt = build(), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    out, scores = generate(model, prompt, max_new_tokens=5, temperature=0.7, top_k=5, generator=generator(1, "g"), return_logprobs=True)
+    out, scores = generate(
+        model, prompt, max_new_tokens=5, temperature=0.7, top_k=5, generator=generator(1, "g"), return_logprobs=True
+    )
     table = (model(out).logits / 0.7).log_softmax(-1)
     wanted = table[:, 2:-1].gather(-1, out[:, 3:, None])[..., 0]
     assert torch.allclose(scores, wanted, atol=1e-5)
@@ -48,7 +52,13 @@ def test_rows_end_by_themselves():
 
 @pytest.mark.parametrize(
     "options, name",
-    [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_k": 0}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens"), ({}, "generator")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({}, "generator"),
+    ],
 )
 def test_generation_refuses(options, name):
     with pytest.raises(ValueError, match=name):
@@ -66,17 +76,23 @@ def classes():
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_round_trip(classes, tied, tmp_path):
     config_class, model_class = classes
-    config = config_class(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4, tie_embeddings=tied, window=4)
+    config = config_class(
+        vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4, tie_embeddings=tied, window=4
+    )
     model = model_class(config).eval()
     model.save_pretrained(tmp_path)
     loaded = model_class.from_pretrained(tmp_path).eval()
     assert (tmp_path / "model.safetensors").is_file() and loaded.config.core() == config.core()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     out = loaded(input_ids=tokens, labels=tokens)
     assert torch.allclose(out.loss, model.model(tokens, labels=tokens).loss)
     settings = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(loaded.generate(tokens, **settings), generate(model.model, tokens, max_new_tokens=7, temperature=0))
+    assert torch.equal(
+        loaded.generate(tokens, **settings), generate(model.model, tokens, max_new_tokens=7, temperature=0)
+    )
     padded, mask = torch.tensor([[0, 0, 1, 2], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ours = generate(model.model, padded, max_new_tokens=7, temperature=0, attention_mask=mask)
     assert torch.equal(loaded.generate(padded, attention_mask=mask, **settings), ours)
@@ -99,7 +115,10 @@ def test_transformers_config_refuses_unknown_keys(classes):
 
 def test_plain_models_do_not_load_transformers():
     code = "import sys, papers10.lm.trunk, papers10.lm.text, papers10.lm.hf, papers10.lm.eval; print('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 @pytest.mark.parametrize("segment", [1, 3, 100])
@@ -127,7 +146,9 @@ def test_adapter_scores_are_exact():
         table = model(ids).logits[0].log_softmax(-1)
         wanted = sum(table[i - 1, ids[0, i]].item() for i in range(ids.shape[1] - count, ids.shape[1]))
         assert math.isclose(score, wanted, rel_tol=1e-4) and not greedy
-    (rolling,) = adapter.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abcdef",), 0)], disable_tqdm=True)
+    (rolling,) = adapter.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, ("abcdef",), 0)], disable_tqdm=True
+    )
     ids = torch.tensor([[256, *b"abcdef"]])
     assert math.isclose(rolling, -6 * model(ids, labels=ids).loss.item(), rel_tol=1e-4)
     (text,) = adapter.generate_until([Instance("generate_until", {}, ("abc", {"until": ["\n"], "max_gen_toks": 6}), 0)])
@@ -139,7 +160,10 @@ def test_adapter_runs_a_task_of_the_harness(tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
-    rows = [{"question": f"{a} plus {b} is", "choices": ["one", "two", "many"], "answer": (a + b) % 3} for a, b in ((0, 1), (1, 1), (2, 2), (0, 2))]
+    rows = [
+        {"question": f"{a} plus {b} is", "choices": ["one", "two", "many"], "answer": (a + b) % 3}
+        for a, b in ((0, 1), (1, 1), (2, 2), (0, 2))
+    ]
     import json
 
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -157,5 +181,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     )
     adapter = LMEvalAdapter(build(vocab_size=257), ByteTokenizer(["<eos>"]), max_length=64)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(adapter, tasks=["papers10_tiny"], task_manager=manager, bootstrap_iters=0, log_samples=False)
+    found = lm_eval.simple_evaluate(
+        adapter, tasks=["papers10_tiny"], task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
     assert 0 <= found["results"]["papers10_tiny"]["acc,none"] <= 1

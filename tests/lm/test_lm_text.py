@@ -27,8 +27,18 @@ from papers10.lm.tokenizers import ByteTokenizer, load_tokenizer, padded_vocab_s
 from papers10.lm.trunk import CausalLM, TrunkConfig
 
 ROWS = [
-    {"text": f"Document number {i}.", "id": f"<urn:uuid:{i}>", "dump": "CC-MAIN-2024-10", "url": "https://example.org/a", "file_path": "s3://a",
-         "language": "en", "language_score": 0.97, "token_count": 4, "score": 3.2, "int_score": 3}
+    {
+        "text": f"Document number {i}.",
+        "id": f"<urn:uuid:{i}>",
+        "dump": "CC-MAIN-2024-10",
+        "url": "https://example.org/a",
+        "file_path": "s3://a",
+        "language": "en",
+        "language_score": 0.97,
+        "token_count": 4,
+        "score": 3.2,
+        "int_score": 3,
+    }
     for i in range(7)
 ]
 
@@ -147,7 +157,9 @@ def test_byte_tokenizer():
 def test_tokenizer_from_both_folder_layouts(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     learned = tokenizers.ByteLevelBPETokenizer()
-    learned.train_from_iterator([pydoc_text()[:20_000]], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    learned.train_from_iterator(
+        [pydoc_text()[:20_000]], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     (tmp_path / "new").mkdir(), (tmp_path / "old").mkdir(), (tmp_path / "none").mkdir()
     learned.save(str(tmp_path / "new" / "tokenizer.json"))
     learned.save_model(str(tmp_path / "old"))
@@ -169,7 +181,9 @@ class Gate(nn.Module):
 
 
 def test_groups_cover_every_parameter_once():
-    model = nn.ModuleDict({"lm": CausalLM(TrunkConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=1)), "gate": Gate()})
+    model = nn.ModuleDict(
+        {"lm": CausalLM(TrunkConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=1)), "gate": Gate()}
+    )
     model["again"] = model["gate"]
     decay, rest = parameter_groups(model, 0.1)
     ids = [id(p) for g in (decay, rest) for p in g["params"]]
@@ -198,7 +212,11 @@ def test_schedule_ends_at_the_floor_and_resumes():
     _, other = build()
     other.load_state_dict(saved)
     assert math.isclose(other.get_last_lr()[0], rates[5])
-    for options, name in (({"kind": "cosin"}, "kind"), ({"warmup": 10, "steps": 10}, "steps"), ({"floor": 2.0}, "floor")):
+    for options, name in (
+        ({"kind": "cosin"}, "kind"),
+        ({"warmup": 10, "steps": 10}, "steps"),
+        ({"floor": 2.0}, "floor"),
+    ):
         with pytest.raises(ValueError, match=name):
             schedule(optimizer, **{"steps": 20, **options})
 
@@ -211,11 +229,17 @@ def test_depth_parity_counts():
         depth_parity(1, 1, modulus=1, generator=generator(0, "t"))
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": "gelu"}, {"num_kv_heads": 1, "attention_gate": True}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mlp": "gelu"}, {"num_kv_heads": 1, "attention_gate": True}, {"tie_embeddings": False}]
+)
 def test_cost_counts_the_matrices(options):
     config = TrunkConfig(vocab_size=11, hidden_size=12, num_layers=3, num_heads=2, **options)
     model = CausalLM(config)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not (n == "embed.weight" and model.head is not None))
+    matrices = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and not (n == "embed.weight" and model.head is not None)
+    )
     assert flops_per_token(config, length=1, training=False) == 2 * matrices + 4 * 3 * 12
     assert flops_per_token(config, length=64) == 3 * flops_per_token(config, length=64, training=False)
     assert memory_bytes(config)["optimizer"] == 8 * model.num_parameters()

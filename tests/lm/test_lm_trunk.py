@@ -13,8 +13,17 @@ from papers10.core.random import generator
 from papers10.lm.layers import Attention, RMSNorm, SwiGLU, float32_linear
 from papers10.lm.trunk import AdditiveResidual, CausalLM, TrunkConfig, width_scaled_init
 
-FULL = {"num_heads": 4, "num_kv_heads": 2, "qk_norm": "after_rope", "attention_gate": True, "attention_norm": True, "key_shift": True,
-            "value_shift": True, "rope_fraction": 0.5, "logit_scale": 0.5}
+FULL = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "qk_norm": "after_rope",
+    "attention_gate": True,
+    "attention_norm": True,
+    "key_shift": True,
+    "value_shift": True,
+    "rope_fraction": 0.5,
+    "logit_scale": 0.5,
+}
 KINDS = {
     "plain": {},
     "everything": FULL,
@@ -25,7 +34,9 @@ KINDS = {
 
 
 def build(seed=0, **options):
-    config = TrunkConfig(**{"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.3, **options})
+    config = TrunkConfig(
+        **{"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.3, **options}
+    )
     model = CausalLM(config).double()
     model.initialise(generator(seed, "init"))
     return model
@@ -128,7 +139,11 @@ def test_bad_input_is_named():
         model(tokens, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="cache"):
         model(tokens, cache=build(num_layers=1).new_cache())
-    for options, name in (({"num_heads": 3}, "num_heads"), ({"num_kv_heads": 3, "num_heads": 4}, "num_kv_heads"), ({"head_dim": 3}, "head_dim")):
+    for options, name in (
+        ({"num_heads": 3}, "num_heads"),
+        ({"num_kv_heads": 3, "num_heads": 4}, "num_kv_heads"),
+        ({"head_dim": 3}, "head_dim"),
+    ):
         with pytest.raises(ValueError, match=name):
             build(**options)
     with pytest.raises(ValueError, match="did you mean 'rope_base'"):
@@ -162,8 +177,11 @@ def test_plug_ins_are_called_in_order():
     residual = Recorder()
     seen = []
     model = CausalLM(
-        config, residual=residual, extra=extra,
-        mixer=lambda config, block: seen.append(block) or Attention(config, block), channel=lambda config, block: SwiGLU(config, block),
+        config,
+        residual=residual,
+        extra=extra,
+        mixer=lambda config, block: seen.append(block) or Attention(config, block),
+        channel=lambda config, block: SwiGLU(config, block),
     )
     out = model(ids())
     assert seen == [0, 1, 2] and residual.calls == [6, 0, 1, 2, 3, 4, 7, 5]

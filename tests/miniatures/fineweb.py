@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 def sentences(count):
-    subjects, verbs, objects = ("the cat", "a river", "my friend", "the old clock"), ("sees", "follows", "keeps", "forgets"), ("the moon", "a letter", "seven stones")
+    subjects, verbs, objects = (
+        ("the cat", "a river", "my friend", "the old clock"),
+        ("sees", "follows", "keeps", "forgets"),
+        ("the moon", "a letter", "seven stones"),
+    )
     return [f"{subjects[i % 4]} {verbs[(i // 4) % 4]} {objects[(i // 16) % 3]}." for i in range(count)]
 
 
@@ -15,14 +19,40 @@ def fineweb_rows(folder: Path, rows: int = 60) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    schema = pyarrow.schema([("text", pyarrow.string()), ("id", pyarrow.string()), ("dump", pyarrow.string()), ("url", pyarrow.string()), ("file_path", pyarrow.string()),
-                             ("language", pyarrow.string()), ("language_score", pyarrow.float64()), ("token_count", pyarrow.int64()), ("score", pyarrow.float64()),
-                             ("int_score", pyarrow.int64())])
+    schema = pyarrow.schema(
+        [
+            ("text", pyarrow.string()),
+            ("id", pyarrow.string()),
+            ("dump", pyarrow.string()),
+            ("url", pyarrow.string()),
+            ("file_path", pyarrow.string()),
+            ("language", pyarrow.string()),
+            ("language_score", pyarrow.float64()),
+            ("token_count", pyarrow.int64()),
+            ("score", pyarrow.float64()),
+            ("int_score", pyarrow.int64()),
+        ]
+    )
     texts = [" ".join(sentences(48)[i % 7 : i % 7 + 14]) for i in range(rows)]
-    records = [{"text": text, "id": f"<urn:uuid:{i}>", "dump": "CC-MAIN-2024-10", "url": "https://example.org", "file_path": "s3://none", "language": "en",
-                "language_score": 0.98, "token_count": len(text) // 4, "score": 3.2, "int_score": 3} for i, text in enumerate(texts)]
+    records = [
+        {
+            "text": text,
+            "id": f"<urn:uuid:{i}>",
+            "dump": "CC-MAIN-2024-10",
+            "url": "https://example.org",
+            "file_path": "s3://none",
+            "language": "en",
+            "language_score": 0.98,
+            "token_count": len(text) // 4,
+            "score": 3.2,
+            "int_score": 3,
+        }
+        for i, text in enumerate(texts)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, schema=schema), folder / "train-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(records, schema=schema), folder / "train-00000-of-00001.parquet"
+    )
     return folder
 
 
@@ -53,9 +83,13 @@ def cifar_rows(folder: Path, rows: int = 60) -> Path:
         Image.fromarray(pixels).save(buffer, format="PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
         labels.append(label)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green", "blue"])})
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green", "blue"])}
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict({"img": images, "label": labels}, features=features).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    datasets.Dataset.from_dict({"img": images, "label": labels}, features=features).to_parquet(
+        str(folder / "train-00000-of-00001.parquet")
+    )
     return folder
 
 
@@ -63,7 +97,12 @@ def multiple_choice_task(folder: Path, questions: int = 12) -> Path:
     """A local lm-eval task `tiny_choice` in the layout of ARC: question, choices, gold index."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "tiny.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{s.rsplit(' ', 2)[0]}", "choices": ["the moon.", "qqqq zzzz."], "gold": 0}) + "\n" for s in sentences(questions)))
+    data.write_text(
+        "".join(
+            json.dumps({"question": f"{s.rsplit(' ', 2)[0]}", "choices": ["the moon.", "qqqq zzzz."], "gold": 0}) + "\n"
+            for s in sentences(questions)
+        )
+    )
     (folder / "tiny_choice.yaml").write_text(f"""task: tiny_choice
 dataset_path: json
 dataset_kwargs:
