@@ -165,7 +165,7 @@ def selfmod_chunk(
     )
     return out, state if output_final_state else None
 
-# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #c2bea9ee
+# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #926165fa
 _VECTORS, _GATES = ("k", "v", "q"), ("eta", "alpha")
 _GATE_BOUND = 8.0
 _PREFIX = "titans."
@@ -274,9 +274,9 @@ class _DeepStates:
             h, error = outer[i]
             step = -many(eta)[..., None] * error
             away = None
-            if layer.dgd and layer.precond == "layer":
+            if layer.precond == "layer":
                 length = (h.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-                h, step, away = h / length, step * length, many(eta)
+                h, step, away = h / length, step * length / length.square().clamp(min=1), many(erase)
             asked = memory.act(before) if group == "memory" and q is not None else None
             y, state[f"run.{i}"], velocity = layer._chunk(
                 asked, h, step, away, many(logs), state[f"run.{i}"], many(theta), state.get(f"velocity.{i}"), slice(None), mask
@@ -510,6 +510,12 @@ class SelfModifyingTitans(nn.Module):
                 signals["alpha"] = F.logsigmoid(value[..., 0] + self.alpha_bias.to(value.dtype)[:, None]).clamp(min=-20.0)
         return signals
 
+    def _finish(self, signals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Retention where there is none, and steps that leave the factor along the key inside [−1, 1]."""
+        if not self.use_decay:
+            return signals | {"alpha": torch.zeros_like(signals["eta"])}
+        return signals | {"eta": signals["eta"] * (0.5 + 0.5 * signals["alpha"].exp())} if self.dgd else signals
+
     def _commit(self, state: dict[str, Tensor], group: str, done: Tensor | None, tokens: Tensor | int) -> dict[str, Tensor]:
         """The group's chunk ends in the rows `done` (None: all): what was written becomes what is read."""
         state = dict(state)
@@ -598,10 +604,10 @@ class SelfModifyingTitans(nn.Module):
 
     def _plain(self, z, q, theta, state, grid):
         """Nothing modifies itself: all signals are known, the whole sequence is one call."""
-        s = self._fixed(z, q)
+        s = self._finish(self._fixed(z, q))
         turned = lambda y: None if y is None else y.transpose(1, 2)
         out, after = plain_memory_scan(
-            turned(s["q"]), turned(s["k"]), turned(s["v"]), turned(s["eta"]), turned(s.get("alpha", torch.zeros_like(s["eta"]))),
+            turned(s["q"]), turned(s["k"]), turned(s["v"]), turned(s["eta"]), turned(s["alpha"]),
             {"run": state["run"], "start": state["start.memory"]} | ({} if theta is None else {"velocity": state["velocity"]}),
             grid=grid, chunk_size=self.chunk_size[1], objective=self.objective, erase=self.dgd, read=self.read,
             log_momentum=None if theta is None else turned(F.logsigmoid(theta)), keep_state=False, backend=self.backend,
@@ -620,8 +626,7 @@ class SelfModifyingTitans(nn.Module):
                 chunk = {name: value[:, :, cut] for name, value in fixed.items()}
                 if self.adaptive:
                     chunk |= self._signals(self._states.answer(state, "projection", z[:, :, cut]))
-                if "alpha" not in chunk:
-                    chunk["alpha"] = torch.zeros_like(chunk["eta"])
+                chunk = self._finish(chunk)
                 if grid.mask is not None:
                     here = grid.mask[:, None, cut].to(z.dtype)
                     chunk["eta"], chunk["alpha"] = chunk["eta"] * here, chunk["alpha"] * here
