@@ -73,8 +73,8 @@ def gated_delta_reference(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K
     out = torch.stack(reads, 1).to(write.dtype) if reads else write * 1
     return out, memory
 
-# %% ../nbs/kernels/gated_delta.ipynb #0f2946f5
-_PREFERRED_BLOCK = 64
+# %% ../nbs/kernels/gated_delta.ipynb #d990f88e
+_PREFERRED_BLOCK = {"cpu": 32, "cuda": 64}
 
 
 class _Blocks(NamedTuple):
@@ -96,7 +96,7 @@ class _Blocks(NamedTuple):
         return (tokens // (self.chunk if self.per_chunk > 1 else self.block) + sequences) * self.per_chunk
 
 
-def _cut(tokens: int, chunk_size: int, uses_chunk: bool, preferred: int = _PREFERRED_BLOCK) -> _Blocks:
+def _cut(tokens: int, chunk_size: int, uses_chunk: bool, preferred: int) -> _Blocks:
     if not uses_chunk:
         return _Blocks(min(max(chunk_size, 16), preferred, max(tokens, 1)), 0, 1)
     chunk = min(chunk_size, tokens)
@@ -105,30 +105,46 @@ def _cut(tokens: int, chunk_size: int, uses_chunk: bool, preferred: int = _PREFE
     per_chunk = -(-chunk // preferred)
     return _Blocks(-(-chunk // per_chunk), chunk, per_chunk)
 
-# %% ../nbs/kernels/gated_delta.ipynb #e16118c6
+# %% ../nbs/kernels/gated_delta.ipynb #0a96c376
 class _Group(NamedTuple):
     """Some consecutive blocks of some sequences. With n blocks (time first, then sequence) and H heads:
 
-    rows [n H S] of the flattened [tokens, H] inputs; missing None or [n H, S] (True: no such token) and then there, the
-    places in `rows` that are tokens; steps: for each block in time (first row, one past the last row, whether a chunk
-    starts here); place: position of row 0 among all rows.
+    whole None or (batch rows, tokens), two slices that hold exactly these blocks; else rows [n H S] of the flattened
+    [tokens, H] inputs, and if some tokens do not exist, missing [n H, S] and there, the places in `rows` that do; steps: for
+    each block in time (first row, one past the last row, whether a chunk starts here); place: position of row 0 among all rows.
     """
 
-    rows: Tensor
+    whole: tuple[slice, slice] | None
+    rows: Tensor | None
     missing: Tensor | None
     there: Tensor | None
     steps: list[tuple[int, int, bool]]
     place: int
 
 
+def _whole_groups(batch: slice, length: int, heads: int, cut: _Blocks, most_rows: int, place: int) -> list[_Group]:
+    """The groups of full blocks of equally long sequences that stand one after the other."""
+    size, active = cut.block, (batch.stop - batch.start) * heads
+    at_once, groups = max(1, most_rows // active), []
+    for first in range(0, length // size, at_once):
+        last = min(first + at_once, length // size)
+        steps = [(row * active, (row + 1) * active, (first + row) % cut.per_chunk == 0) for row in range(last - first)]
+        groups.append(_Group((batch, slice(first * size, last * size)), None, None, None, steps, place))
+        place += (last - first) * active
+    return groups
+
+
 def _lane_groups(starts: list[int], lengths: list[int], heads: int, cut: _Blocks, most_rows: int, place: int,
-                 device: torch.device) -> list[_Group]:
-    """The groups of sequences sorted by length, longest first. The tables are made on the processor: a GPU need not be waited for."""
+                 device: torch.device, step: int = 0) -> list[_Group]:
+    """The groups, from block `step` on, of sequences sorted by length, longest first.
+
+    The tables are made on the processor: a GPU need not be waited for.
+    """
     size = cut.block
     counts = [cut.steps(length) for length in lengths]
     start_table, length_table = torch.tensor(starts), torch.tensor(lengths)
     head, offset = torch.arange(heads)[None, :, None], torch.arange(size)
-    groups, step = [], 0
+    groups = []
     total = counts[0] if counts else 0
     while step < total:
         active = sum(count > step for count in counts)
@@ -152,7 +168,7 @@ def _lane_groups(starts: list[int], lengths: list[int], heads: int, cut: _Blocks
         missing = missing[:, None, :].expand(-1, heads, -1).flatten(0, 1) if missing.any() else None
         there = None if missing is None else (~missing).flatten().nonzero()[:, 0]
         on_device = lambda tensor: None if tensor is None else tensor.to(device)
-        groups.append(_Group(on_device(rows), on_device(missing), on_device(there), steps, place))
+        groups.append(_Group(None, on_device(rows), on_device(missing), on_device(there), steps, place))
         place += row
     return groups
 
@@ -160,7 +176,7 @@ def _lane_groups(starts: list[int], lengths: list[int], heads: int, cut: _Blocks
 def _rows_at_once(device: torch.device, block: int, width: int, value: int) -> int:
     """Rows (block and head) of a group: on a processor what stays in the caches, on a GPU what keeps it busy."""
     each = block * (block + width + value) + width * value
-    budget = 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**26
+    budget = 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**26
     return max(1, budget // each)
 
 
@@ -171,14 +187,21 @@ def _lanes(k: Tensor, value: int, cu_seqlens: Tensor | None, cut: _Blocks):
     most_rows = _rows_at_once(k.device, cut.block, width, value)
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     together = max(1, most_rows // heads)
+    in_place = cu_seqlens is None and (cut.per_chunk == 1 or cut.chunk % cut.block == 0)
     place = 0
     for first in range(0, len(order), together):
         chosen = order[first:first + together]
-        groups = _lane_groups([starts[row] for row in chosen], [lengths[row] for row in chosen], heads, cut, most_rows, place, k.device)
-        place += sum(group.steps[-1][1] for group in groups)
+        groups = []
+        if in_place:
+            groups = _whole_groups(slice(first, first + len(chosen)), lengths[0], heads, cut, most_rows, place)
+            place += sum(group.steps[-1][1] for group in groups)
+        done = sum(len(group.steps) for group in groups)
+        rest = _lane_groups([starts[row] for row in chosen], [lengths[row] for row in chosen], heads, cut, most_rows, place, k.device, done)
+        place += sum(group.steps[-1][1] for group in rest)
+        groups += rest
         yield torch.tensor(chosen, device=k.device), groups
 
-# %% ../nbs/kernels/gated_delta.ipynb #2a2ac994
+# %% ../nbs/kernels/gated_delta.ipynb #0e7c5fa0
 def _unit_inverse(lower: Tensor) -> Tensor:
     """`(I + lower)^-1` of strictly lower triangular matrices [n, S, S]: forward substitution for 16 rows, above that block by block."""
     size = lower.shape[-1]
@@ -192,13 +215,17 @@ def _unit_inverse(lower: Tensor) -> Tensor:
         top, bottom = _unit_inverse(lower[:, :half, :half]), _unit_inverse(lower[:, half:, half:])
     result = torch.zeros_like(lower)
     result[:, :half, :half], result[:, half:, half:] = top, bottom
-    torch.bmm(bottom, torch.bmm(lower[:, half:, :half], top).neg_(), out=result[:, half:, :half])
+    result[:, half:, :half] = torch.bmm(bottom, torch.bmm(lower[:, half:, :half], top)).neg_()
     return result
 
 
 def _gather(tensor: Tensor, group: _Group, size: int, dtype: torch.dtype, blank: bool = False) -> Tensor:
-    """Rows of a group as [n, S, D], or [n, S] of a scalar signal; `blank`: zero where there is no token."""
+    """Rows of a group as [n, S, D], or [n, S] of a scalar signal, in memory of their own; `blank`: zero where there is no token."""
     scalar = tensor.dim() == 3
+    if group.whole is not None:
+        blocks = tensor[group.whole].unflatten(1, (-1, size))
+        order = (1, 0, 3, 2) if scalar else (1, 0, 3, 2, 4)
+        return blocks.permute(order).to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 2)
     flat = tensor.reshape(-1, 1 if scalar else tensor.shape[-1])
     rows = flat.index_select(0, group.rows).to(dtype).view(-1, size, flat.shape[-1])
     if blank and group.missing is not None:
@@ -208,6 +235,12 @@ def _gather(tensor: Tensor, group: _Group, size: int, dtype: torch.dtype, blank:
 
 def _scatter(target: Tensor, group: _Group, rows: Tensor) -> None:
     """Puts [n, S, D] or [n, S] back to the tokens they came from."""
+    if group.whole is not None:
+        blocks = target[group.whole].unflatten(1, (-1, rows.shape[1]))
+        order = (1, 0, 3, 2) if target.dim() == 3 else (1, 0, 3, 2, 4)
+        blocks = blocks.permute(order)
+        blocks.copy_(rows.view(blocks.shape))
+        return
     flat = target.view(-1, 1 if target.dim() == 3 else target.shape[-1])
     rows = rows.reshape(-1, flat.shape[-1]).to(target.dtype)
     if group.missing is None:
@@ -249,8 +282,9 @@ class _Decays:
         self.to_end, self.end = exp(sums[:, -1:, None] - sums[:, 1:, None]), exp(sums[:, -1:, None])
         self.step = exp(log_decay[..., None].double())
         pairs = lambda left: (left[:, :, None] - sums[:, None, 1:]).to(dtype)
-        self.strict = pairs(sums[:, :-1]).masked_fill_(later, -math.inf).exp_() if needs_strict else None
-        self.chunked = pairs(sums[:, chunk_first]).masked_fill_(not_before_chunk, -math.inf).exp_() if needs_chunked else None
+        # The other triangle is set to 0 after the exponential, which may have been infinite there.
+        self.strict = pairs(sums[:, :-1]).exp_().tril_(-1) if needs_strict else None
+        self.chunked = pairs(sums[:, chunk_first]).exp_().masked_fill_(not_before_chunk, 0) if needs_chunked else None
 
     def inclusive(self) -> Tensor:
         """`e^{L_t - L_i}` [i <= t]."""
@@ -330,26 +364,32 @@ def _forward_torch(q: Tensor, k: Tensor, write: Tensor, erase: Tensor | None, lo
             else:
                 start, solution = part.k.new_empty(part.k.shape[0], value, width), torch.empty_like(part.write)
             start_of_chunk = torch.empty_like(start) if part.reads_chunk_state else None
-            for first, last, begins in group.steps:
-                rows, active = slice(first, last), memory[:last - first]
-                start[rows] = active
+            for index, (first, last, begins) in enumerate(group.steps):
+                rows, active = slice(first, last), start[first:last]
+                if index == 0 or group.steps[index - 1][1] - group.steps[index - 1][0] != last - first:
+                    active.copy_(memory[:last - first])
                 right = part.write[rows]
                 if part.seen is not None:
-                    right = torch.baddbmm(right, part.seen[rows], active.mT, alpha=-1)
+                    right.baddbmm_(part.seen[rows], active.mT, alpha=-1)
                 if at_chunk is not None:
                     if begins:
                         at_chunk[:last - first] = active
                     if part.seen_at_chunk is not None:
-                        right = torch.baddbmm(right, part.seen_at_chunk[rows], at_chunk[:last - first].mT, alpha=-1)
+                        right.baddbmm_(part.seen_at_chunk[rows], at_chunk[:last - first].mT, alpha=-1)
                     if start_of_chunk is not None:
                         start_of_chunk[rows] = at_chunk[:last - first]
                 if inverse is not None:
                     torch.bmm(inverse[rows], right, out=solution[rows])
                 else:
                     solution[rows] = right
+                # The state goes straight to where the next block looks for it, if as many sequences run on.
+                goes_on = index + 1 < len(group.steps) and group.steps[index + 1][1] - last == last - first
+                following = start[last:2 * last - first] if goes_on else memory[:last - first]
                 if part.decays.end is not None:
-                    active.mul_(part.decays.end[rows])
-                active.baddbmm_(solution[rows].mT, part.written[rows])
+                    torch.mul(active, part.decays.end[rows], out=following)
+                else:
+                    following.copy_(active)
+                following.baddbmm_(solution[rows].mT, part.written[rows])
             result = torch.bmm(part.q, (start if start_of_chunk is None else start_of_chunk).mT)
             if part.read_scale is not None:
                 result.mul_(part.read_scale)
@@ -371,7 +411,7 @@ def _kept_tensors(k: Tensor, value: int, cut: _Blocks, cu_seqlens: Tensor | None
     return (k.new_empty(rows, value, width, dtype=dtype), k.new_empty(solves, size, size, dtype=dtype),
             k.new_empty(rows, size, value, dtype=dtype))
 
-# %% ../nbs/kernels/gated_delta.ipynb #1378bd8e
+# %% ../nbs/kernels/gated_delta.ipynb #6756c5e3
 def _backward_torch(grad_out: Tensor | None, grad_state: Tensor | None, q: Tensor, k: Tensor, write: Tensor, erase: Tensor | None,
                     log_decay: Tensor | None, initial_state: Tensor | None, chunk_erase: Tensor | None, starts: Tensor, inverses: Tensor,
                     solutions: Tensor, read: str, cut: _Blocks, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
@@ -399,15 +439,13 @@ def _backward_torch(grad_out: Tensor | None, grad_state: Tensor | None, q: Tenso
             flowing = torch.bmm(attention.mT, upstream) if attention is not None else torch.zeros_like(part.write)
             scaled_query = _scaled(part.q, part.read_scale)
             from_reads = torch.bmm(upstream.mT, scaled_query)
-            after, grad_right = torch.empty_like(start), torch.empty_like(solution)
+            after, grad_right = torch.empty_like(start), flowing if inverse is None else torch.empty_like(solution)
             for first, last, begins in reversed(group.steps):
                 rows, active = slice(first, last), grad_memory[:last - first]
                 after[rows] = active
-                to_solution = torch.baddbmm(flowing[rows], part.written[rows], active.mT)
+                to_solution = flowing[rows].baddbmm_(part.written[rows], active.mT)
                 if inverse is not None:
                     torch.bmm(inverse[rows].mT, to_solution, out=grad_right[rows])
-                else:
-                    grad_right[rows] = to_solution
                 if decays.end is not None:
                     active.mul_(decays.end[rows])
                 if part.seen is not None:
@@ -461,13 +499,13 @@ def _backward_torch(grad_out: Tensor | None, grad_state: Tensor | None, q: Tenso
                     to_erase = to_erase + by_decay.sum(-1, keepdim=True)
                     if decays.end is not None:
                         before_decay = before_decay + part.erase * by_decay.sum(-1, keepdim=True)
-                        pieces.append(torch.bmm(by_decay.mT, part.erase))
+                        pieces.append(torch.bmm(part.erase.mT, by_decay).mT)
                 if part.chunk_erase is not None and decays.chunked is not None:
                     by_decay = product * decays.chunked
                     to_chunk_erase = to_chunk_erase + by_decay.sum(-1, keepdim=True)
                     if decays.end is not None:
                         chunk_decay = chunk_decay + part.chunk_erase * by_decay.sum(-1, keepdim=True)
-                        pieces.append(torch.bmm(by_decay.mT, part.chunk_erase))
+                        pieces.append(torch.bmm(part.chunk_erase.mT, by_decay).mT)
                 columns = _total(*pieces)
             if attention is not None:
                 product = torch.bmm(upstream, solution.mT)
@@ -581,7 +619,7 @@ def _refuse_second_derivative(ctx, *grads):
 _forward_op.register_autograd(_gradients, setup_context=_keep_for_backward)
 _backward_op.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
-# %% ../nbs/kernels/gated_delta.ipynb #3a2e41c2
+# %% ../nbs/kernels/gated_delta.ipynb #50cd85ed
 _OFFERED = ("reference", "torch")
 
 
@@ -679,7 +717,7 @@ def gated_delta(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], write:
     tensors = (q, k, write, erase, log_decay, initial_state, chunk_erase)
     if k.shape[0] * k.shape[1] == 0:
         return _nothing(tensors, cu_seqlens)
-    cut = _cut(k.shape[1], chunk_size, chunk_erase is not None or read == "chunk")
+    cut = _cut(k.shape[1], chunk_size, chunk_erase is not None or read == "chunk", _PREFERRED_BLOCK.get(k.device.type, 64))
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     out, state, *_ = _forward_op(*tensors, cu_seqlens, read, *cut, keep, chosen)
     return out, state
