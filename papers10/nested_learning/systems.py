@@ -164,7 +164,7 @@ class Level:
     number: int
     problems: tuple[Problem, ...]
 
-# %% ../../nbs/01_nested_learning/01_nested_systems.ipynb #3fa05d2d
+# %% ../../nbs/01_nested_learning/01_nested_systems.ipynb #d57534c5
 class NestedSystem:
     """Levels of problems, the order between them, and how knowledge passes.
 
@@ -329,7 +329,7 @@ class NestedSystem:
         for level in self.levels:
             frequency = level.problems[0].frequency
             kinds = list(dict.fromkeys(problem.kind for problem in level.problems))
-            label = ", ".join(kinds[:2]) + (", …" if len(kinds) > 2 else "")
+            label = kinds[0] + (f" + {len(kinds) - 1} more" if len(kinds) > 1 else "")
             rows.append({"level": level.number, "label": label, "ticks": _ticks(frequency, tokens, length), "always": frequency.rate == math.inf})
         return rows
 
@@ -536,7 +536,7 @@ class LinearAttention(nn.Module):
             "size": self.width**2, "initial": [] if self.start is None else ["start"],
         }]
 
-# %% ../../nbs/01_nested_learning/01_nested_systems.ipynb #255c82f4
+# %% ../../nbs/01_nested_learning/01_nested_systems.ipynb #c5e9c8bb
 def decompose(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, seq_len: int | None = None) -> NestedSystem:
     """The nested system that a model and its optimizer are.
 
@@ -580,6 +580,9 @@ def _described(module: nn.Module) -> list[Mapping[str, Any]] | None:
     """What a module says or is known to update in its forward pass; None when nothing is known (children are asked)."""
     if callable(getattr(module, "nested_levels", None)):
         return list(module.nested_levels())
+    layer = {cls.__name__ for cls in type(module).__mro__}
+    if layer & {"GatedDeltaNet", "LinearMemory"}:
+        return _layer_memories(module)
     parts = {name for name, _ in module.named_children()}
     if isinstance(module, nn.MultiheadAttention) or {"q_proj", "k_proj", "v_proj"} <= parts or "c_attn" in parts:
         return [{**_ATTENTION, "kind": "softmax attention"}]
@@ -587,6 +590,18 @@ def _described(module: nn.Module) -> list[Mapping[str, Any]] | None:
         return [{"name": "state", "every": 1, "context": "tokens of the sequence", "kind": f"{type(module).__name__} state",
                  "size": module.hidden_size * module.num_layers * (2 if module.mode == "LSTM" else 1)}]
     return None
+
+
+def _layer_memories(module: nn.Module) -> list[Mapping[str, Any]]:
+    """The recurrent layers of `lm.layers`, which know nothing of this chapter."""
+    memory = {"name": "memory", "context": "tokens of the sequence", "keys": "k_t", "values": "v_t", "size": module.heads * module.head**2}
+    if hasattr(module, "mode"):
+        return [{**memory, "every": 1, "objective": "−⟨M k, v⟩" if module.mode == "linear" else "½‖M k − v‖²"}]
+    memory |= {"every": module.chunk_size, "objective": "½‖M k − v‖²", "initial": ["initial"]}
+    if module.theta_proj is None:
+        return [memory]
+    return [{**memory, "needs": ["momentum"], "transfers": {"momentum": "direct_parametric"}},
+            {**memory, "name": "momentum", "objective": "⟨S, ∇L⟩ with decay θ", "keys": "1", "values": "−∇L", "initial": []}]
 
 
 def _frequency(where: str, every: Any, unit: str) -> Frequency:
@@ -642,19 +657,22 @@ def _add_memories(model: nn.Module, problems: list[Problem], links: list[Link]) 
         # Projections make the keys and values; what comes after the memory works with what it returns.
         inside = [(p, m) for p, m in owners if p == path or p.startswith(prefix)]
         after = next((p for p, m in owners[owners.index(inside[-1]) + 1:] if isinstance(m, nn.Linear)), None) if inside else None
+        passed_on = {other for entry in entries for other in entry.get("transfers", {})}
         for entry in entries:
-            name = names[entry["name"]]
+            name, read = names[entry["name"]], entry["name"] not in passed_on
             direct = Transfer.DIRECT_NONPARAMETRIC if entry["every"] == 0 else Transfer.DIRECT_PARAMETRIC
             own = {id(module.get_parameter(p)) for p in entry.get("initial", ())}
             for owner, part in inside:
-                if all(id(p) in own or id(p) in starts for p in part.parameters(recurse=False)):
+                if all(id(p) in own or id(p) in starts or p.ndim < 2 for p in part.parameters(recurse=False)):
                     continue
                 last = owner.rpartition(".")[2]
                 if owner != path and last.startswith(("o_", "out", "c_proj")):
+                    if not read:
+                        continue
                     links.append(Link(name, owner, direct, "what it reads"))
                 else:
                     links.append(Link(owner or "model", name, Transfer.GENERATION, "keys and values"))
-            if after is not None:
+            if after is not None and read:
                 links.append(Link(name, after, direct, "what it reads"))
     return starts
 
@@ -691,8 +709,15 @@ def _buffers(optimizer: Any, group: dict, parameter: Tensor) -> list[Mapping[str
     found: list[Mapping[str, Any]] = []
     if known & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam"}:
         return [_FIRST, _SECOND]
+    if group.get("rule") == "adamw":
+        return [_FIRST, _SECOND]
     if "slow_every" in group:
-        return [_MOMENTUM, {**_MOMENTUM, "name": "slow momentum", "every": group["slow_every"]}, _SECOND]
+        slow = [{**_MOMENTUM, "name": "slow momentum", "every": group["slow_every"]}] if group.get("alpha", 1) else []
+        root = group.get("second_moment")
+        return [_MOMENTUM, *slow, *([_SECOND] if (group.get("accumulate") == "sum" if root is None else root) else [])]
+    if "GeneralizedMomentum" in known:
+        objective = {"delta": "½‖m Gᵀ + η P‖²", "deep": "½‖m(u) + P u‖²"}.get(group["rule"], _MOMENTUM["objective"])
+        return [{**_MOMENTUM, "objective": objective}, *([_SECOND] if group["preconditioner"] == "adam" else [])]
     if known & {"RMSprop", "Adagrad", "Adadelta"}:
         found = [_SECOND, *([{**_FIRST, "name": "mean gradient"}] if group.get("centered") else []),
                  *([{**_SECOND, "name": "second moment of updates", "values": "Δ_i²"}] if "Adadelta" in known else [])]
@@ -757,7 +782,11 @@ def _add_weights(model, optimizer, stepped, starts, problems, links) -> None:
             first.setdefault(parameter.rpartition(".")[0] or "model", problem.name)
     links[:] = [replace(link, source=first.get(link.source, link.source) if link.source not in known else link.source,
                         target=first.get(link.target, link.target) if link.target not in known else link.target) for link in links]
-    links[:] = [link for link in links if link.source in known and link.target in known and link.source != link.target]
+    # What would reach the start of a memory reaches the memory.
+    fast = {name: memories for name, memories in starts.values()}
+    direct = (Transfer.DIRECT_PARAMETRIC, Transfer.DIRECT_NONPARAMETRIC)
+    links[:] = [replace(link, target=target) for link in links if link.source in known and link.target in known
+                for target in (fast[link.target] if link.target in fast and link.kind in direct and "[" not in link.source else [link.target]) if target != link.source]
     for earlier, later in zip(flow, flow[1:]):
         if earlier.frequency != later.frequency:
             links.append(Link(later.name, earlier.name, Transfer.BACKPROP, "error signals"))
