@@ -104,7 +104,7 @@ def width_scaled_init(
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
-# %% ../../nbs/shared/lm/trunk.ipynb #a5ecbb68
+# %% ../../nbs/shared/lm/trunk.ipynb #ef1f7bac
 @dataclass
 class LMOutput:
     """What one call returns.
@@ -140,7 +140,8 @@ class CausalLM(nn.Module):
         channel: `channel(config, block) -> Module` called as `m(x)`; default by `config.mlp`.
         residual: module with `start, read, write, finish`; default `AdditiveResidual`.
         extra: {block: module} with an attribute `placement` "before_mixer", "after_mixer" or "replace_mlp",
-            called as `m(x, cache=)`; the j-th extra sublayer that is not a replacement counts as sublayer 2L + j.
+            called as `m(x, cache=)`, with `valid=` too if it has a true attribute `takes_valid` (a module that counts
+            tokens); the j-th extra sublayer that is not a replacement counts as sublayer 2L + j.
             A module may return (y, {name: value}); the values appear in `LMOutput.aux`.
     """
 
@@ -312,13 +313,14 @@ class CausalLM(nn.Module):
             added = self.extra[str(index)] if str(index) in self.extra else None
             place = None if added is None else added.placement
             attend = dict(cache=cache, valid=valid, window=window)
+            reading = dict(cache=cache, valid=valid) if getattr(added, "takes_valid", False) else dict(cache=cache)
             if place == "before_mixer":
-                state = sublayer(state, self._extra_layer[index], self.extra_norms[str(index)], added, index, cache=cache)
+                state = sublayer(state, self._extra_layer[index], self.extra_norms[str(index)], added, index, **reading)
             state = sublayer(state, 2 * index, block.mixer_norm, block.mixer, index, **attend)
             if place == "after_mixer":
-                state = sublayer(state, self._extra_layer[index], self.extra_norms[str(index)], added, index, cache=cache)
+                state = sublayer(state, self._extra_layer[index], self.extra_norms[str(index)], added, index, **reading)
             if place == "replace_mlp":
-                state = sublayer(state, 2 * index + 1, block.channel_norm, added, index, cache=cache)
+                state = sublayer(state, 2 * index + 1, block.channel_norm, added, index, **reading)
             else:
                 state = sublayer(state, 2 * index + 1, block.channel_norm, block.channel, index)
         hidden = self.final_norm(self.residual.finish(state, cache))
