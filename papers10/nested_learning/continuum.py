@@ -79,7 +79,7 @@ class LevelPlan(NamedTuple):
     curvature: float | None = None
     transform: Callable[[Tensor], Tensor] | None = None
 
-# %% ../../nbs/01_nested_learning/07_continuum_memory.ipynb #0e753e16
+# %% ../../nbs/01_nested_learning/07_continuum_memory.ipynb #0152ece1
 class _Level:
     """Fast weights and unfinished chunk of one level; every tensor begins with the batch dimension."""
 
@@ -347,21 +347,21 @@ class ContinuumState:
         current, batch, everyone = self.weights(level, base), len(self.count), bool(fires.all())
         some = next(iter(gradient.values()), next(iter(base.values())))
         step = torch.as_tensor(plan.lr, device=some.device, dtype=some.dtype).expand(batch)
-        if plan.reduction == "mean":
-            step = step / entry.tokens.clamp(min=1).to(some)
+        terms = entry.tokens.clamp(min=1).to(some) if plan.reduction == "mean" else torch.ones(batch).to(some)
         if plan.curvature is not None and entry.energy:
             largest = torch.stack(list(entry.energy.values())).amax(0)
-            step = torch.minimum(step, 1 / (plan.curvature * largest).clamp(min=torch.finfo(largest.dtype).tiny))
+            step = torch.minimum(step, terms / (plan.curvature * largest).clamp(min=torch.finfo(largest.dtype).tiny))
         written, square = dict(current), 0.0
         for name, value in gradient.items():
             square += (torch.linalg.vector_norm(value.detach().flatten(1), dim=1).cpu() * fires).square().sum().item()
-            direction = value
+            shape = (-1, *[1] * (value.ndim - 1))
+            direction = value / terms.view(shape) if plan.reduction == "mean" else value
             if plan.transform is not None and value.ndim == 3:
-                direction = plan.transform(value)
+                direction = plan.transform(direction)
             old = current[name]
             old = old.expand(batch, *old.shape) if old.ndim < value.ndim else old
-            new = old.to(value.dtype) - step.view(-1, *[1] * (value.ndim - 1)) * direction
-            written[name] = new if everyone else torch.where(fires.to(new.device).view(-1, *[1] * (value.ndim - 1)), new, old.to(new.dtype))
+            new = old.to(value.dtype) - step.view(shape) * direction
+            written[name] = new if everyone else torch.where(fires.to(new.device).view(shape), new, old.to(new.dtype))
         for name, old in current.items():
             # A matrix without an error in this chunk still becomes one a row, so that all belong together.
             if name not in gradient and old.ndim == base[name].ndim:
@@ -462,7 +462,7 @@ def local_errors(kind: str, taps: dict[str, tuple[Tensor, Tensor]], residual: Fl
     sigma = torch.sigmoid(gate)
     return {"gate": (x, back * up * (sigma * (1 + gate * (1 - sigma)))), "up": (x, back * (gate * sigma)), "down": (h, residual)}
 
-# %% ../../nbs/01_nested_learning/07_continuum_memory.ipynb #4cb84254
+# %% ../../nbs/01_nested_learning/07_continuum_memory.ipynb #94445423
 def tap(state: ContinuumState, level: int, name: str, inputs: Tensor | None, output: Tensor, part: slice | None = None) -> Tensor:
     """Note a linear map's input and output for `write_from_loss`; returns the output, as a node of the graph.
 
@@ -500,6 +500,12 @@ def write_from_loss(states: Sequence[ContinuumState], bases: Sequence[Sequence[d
     outputs = {id(entry[3]): entry[3] for state in states for entry in state.taps}
     grads = torch.autograd.grad(losses.sum(), list(outputs.values()), create_graph=graph, retain_graph=graph, allow_unused=True)
     errors = dict(zip(outputs, grads))
+    # All layers are looked at before the first one is written.
+    for state in states:
+        for level, name, _, output, _ in state.taps if state.check_finite else ():
+            if errors[id(output)] is not None and not math.isfinite(torch.linalg.vector_norm(errors[id(output)].detach()).item()):
+                raise NonFiniteError(f"level {level + 1}, {name}: expected a finite error signal, got NaN or infinity; nothing was written",
+                                     layer=state.layer, token=int(state.count.max()) + time)
     reports = []
     for state, levels in zip(states, bases):
         state.differentiable = create_graph
