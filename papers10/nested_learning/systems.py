@@ -536,7 +536,7 @@ class LinearAttention(nn.Module):
             "size": self.width**2, "initial": [] if self.start is None else ["start"],
         }]
 
-# %% ../../nbs/01_nested_learning/01_nested_systems.ipynb #c5e9c8bb
+# %% ../../nbs/01_nested_learning/01_nested_systems.ipynb #77b7c3cc
 def decompose(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, seq_len: int | None = None) -> NestedSystem:
     """The nested system that a model and its optimizer are.
 
@@ -656,7 +656,8 @@ def _add_memories(model: nn.Module, problems: list[Problem], links: list[Link]) 
             continue
         # Projections make the keys and values; what comes after the memory works with what it returns.
         inside = [(p, m) for p, m in owners if p == path or p.startswith(prefix)]
-        after = next((p for p, m in owners[owners.index(inside[-1]) + 1:] if isinstance(m, nn.Linear)), None) if inside else None
+        later = owners[owners.index(inside[-1]) + 1:] if inside else []
+        after = next((p for p, m in later if any(parameter.ndim > 1 for parameter in m.parameters(recurse=False))), None)
         passed_on = {other for entry in entries for other in entry.get("transfers", {})}
         for entry in entries:
             name, read = names[entry["name"]], entry["name"] not in passed_on

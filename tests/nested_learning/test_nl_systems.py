@@ -314,6 +314,15 @@ def test_hope_declares_its_memories():
     assert sorted(counted) == sorted(name for name, _ in model.named_parameters())
 
 
+def test_the_whole_hope_model():
+    hope = pytest.importorskip("papers10.nested_learning.hope")
+    model = hope.HopeCausalLM(hope.HopeConfig(vocab_size=16, hidden_size=8, num_layers=1, num_heads=2))
+    system = decompose(model, torch.optim.AdamW(model.parameters()))
+    assert len(system.levels) >= 5 and any(link.kind is Transfer.INITIALIZATION for link in system.links)
+    counted = [name for problem in system.problems for name in problem.parameters]
+    assert sorted(counted) == sorted(name for name, _ in model.named_parameters())
+
+
 def test_recurrent_layers_of_the_trunk_are_no_softmax_attention():
     layers = pytest.importorskip("papers10.lm.layers")
     for name, expected in (("GatedDeltaNet", ["T", "0"]), ("LinearMemory", ["T/16", "T/16", "0"])):
