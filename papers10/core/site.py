@@ -66,7 +66,7 @@ def project() -> dict:
     data["project"]["version"] = papers10.__version__
     return data
 
-# %% ../../nbs/shared/core/site.ipynb #bf9b4e19
+# %% ../../nbs/shared/core/site.ipynb #31dd62a8
 def pages(nbs: Path | None = None) -> list[dict]:
     """The notebooks in reading order, in their sections.
 
@@ -81,7 +81,9 @@ def pages(nbs: Path | None = None) -> list[dict]:
     sections: list[dict] = []
     for entry in sidebar:
         if isinstance(entry, str):
-            sections.append({"title": None, "pages": [entry]})
+            if not sections or sections[-1]["title"] is not None:
+                sections.append({"title": None, "pages": []})
+            sections[-1]["pages"].append(entry)
         else:
             first = [entry["href"]] if "href" in entry else []
             sections.append({"title": entry["section"], "pages": first + list(entry["contents"])})
