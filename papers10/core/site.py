@@ -274,7 +274,11 @@ def _execute_one(path: Path, write: bool, timeout: int, scratch: str) -> tuple[s
 
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(path.parent)}},
     )
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
