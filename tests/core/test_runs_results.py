@@ -150,6 +150,18 @@ def test_capabilities_lead_somewhere(begin, tmp_path):
             results.capabilities("little")
 
 
+def test_index_means_the_chapters_own_page_before_the_home_page(begin, tmp_path):
+    place = tmp_path / "nbs" / "01_little"
+    place.mkdir(parents=True)
+    for path, heading in ((place / "index.ipynb", "Use it"), (tmp_path / "nbs" / "index.ipynb", "Installing")):
+        path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": [f"## {heading}"]}]}))
+    (tmp_path / "data" / "capabilities").mkdir()
+    (tmp_path / "data" / "capabilities" / "little.yaml").write_text(
+        'schema: 1\nchapter: little\ncapabilities:\n  - {id: a, text: "is used", where: ["index#Use it"]}\n'
+    )
+    assert "is used" in str(results.capabilities("little"))
+
+
 def test_claims_table_without_and_with_a_result(begin):
     assert next(iter(results.claims_table("little")))["verdict"] == "not run"
     run = begin()
