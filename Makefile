@@ -24,7 +24,7 @@ help:
 	@echo "make docs       build the documentation site in $(DOCS)  (Quarto where it is found, else the preview)"
 	@echo "make bench      measure the kernels                      (ARGS=--quick)"
 	@echo "make notebooks  execute the library notebooks in place and clean them"
-	@echo "make export     notebooks -> library, README, settings.ini"
+	@echo "make export     notebooks -> library, README, settings.ini, data/MANIFEST.yaml"
 	@echo "make clean      remove what was built (not .venv, not runs)"
 	@echo
 	@echo "The environment is made in $(VENV) at the first call; PYTHON=... picks the interpreter (3.11 or newer)."
@@ -33,7 +33,7 @@ run: $(BASE)
 	@$(BIN)/papers10 run $(CHAPTER) --preset $(PRESET) $(ARGS)
 
 lab: $(DEV)
-	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+	@PAPERS10_RUNS="$${PAPERS10_RUNS:-$(CURDIR)/runs}" $(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
 
 docs: $(DEV)
 	@$(BIN)/python -m papers10.core.site build $(DOCS) $(ARGS)
@@ -48,6 +48,7 @@ export: $(DEV)
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python -m papers10.core.site documents
+	@$(BIN)/python -c "from papers10.core.data import manifest_update; print('\n'.join(manifest_update()) or 'data/MANIFEST.yaml in step')"
 
 clean:
 	rm -rf _docs _proc build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -188,7 +188,7 @@ def hardware(device: str = "cpu", *, measured: float | None = None) -> Hardware:
         return Hardware(name, measured or copy_bandwidth(device))
     return Hardware(f"CPU, {torch.get_num_threads()} thread(s)", measured or copy_bandwidth(device))
 
-# %% ../nbs/kernels/common.ipynb #4a2b9728
+# %% ../nbs/kernels/common.ipynb #86c790ee
 class CaseNotSupported(Exception):
     """Raised by a peer for a case that it cannot do (only small widths, say); the bench prints the reason."""
 
@@ -221,7 +221,7 @@ class KernelSpec(NamedTuple):
         cases: dictionaries of sizes for the parity tests; "op" (default: the only op), "dtype" (default "float32") and "layout" ("contiguous" or "strided") are read by the harness.
         limit: (case, hardware) -> seconds at least; case["direction"] is "forward" or "backward", case["dtype"] the dtype's name.
         make_inputs: (case, dtype, device, generator) -> keywords for the op; floating tensors get gradients.
-        bench_cases: sizes to time; `cases` when empty.
+        bench_cases: sizes to time; `cases` when empty. A case with "device" ("cpu" or "cuda") is timed only there.
         entries: Triton kernels for the ahead-of-time compile.
         cost: (case) -> the size against which time is plotted (elements, rows).
         bytes_moved: (case) -> bytes that must move at least in case["direction"]; 0 when arithmetic is the limit.

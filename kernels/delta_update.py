@@ -7,10 +7,11 @@ Docs: https://papers10.github.io/papers10/kernels/delta_update.html.md"""
 # %% auto #0
 __all__ = ['SPEC', 'delta_update_reference', 'delta_update', 'delta_update_bytes']
 
-# %% ../nbs/kernels/delta_update.ipynb #739efa22
+# %% ../nbs/kernels/delta_update.ipynb #16f8338e
 import functools
 import math
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -47,12 +48,12 @@ def delta_update_reference(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v
     out = state + gate[..., None, None] * unit[..., None] * error[..., None, :]
     return (out[..., 0] if vector else out).to(x.dtype)
 
-# %% ../nbs/kernels/delta_update.ipynb #09936610
+# %% ../nbs/kernels/delta_update.ipynb #d59d9083
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _row_groups(x: Tensor) -> list[slice]:
+def _rows_at_once(x: Tensor) -> int:
     rows, width = x.shape[0], x.shape[1] * x.shape[2]
     # 2 MiB of float32 state a thread is about a core's second-level cache; fewer groups mean fewer meetings of the
     # threads. At least two groups of a large state, so that what a group needs stays below one state. On a GPU
@@ -60,15 +61,20 @@ def _row_groups(x: Tensor) -> list[slice]:
     budget = 2**19 * torch.get_num_threads() if x.device.type == "cpu" else 2**25
     if rows * width > 2**17:
         budget = min(budget, rows * width // 2)
-    step = max(1, budget // max(width, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return max(1, budget // max(width, 1))
+
+
+def _in_groups(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Groups of rows of all tensors; the first is the state that sets their size."""
+    step = _rows_at_once(tensors[0])
+    return [tensors] if tensors[0].shape[0] <= step else zip(*(tensor.split(step) for tensor in tensors))
 
 
 def _project(direction: Tensor, state: Tensor) -> Tensor:
     """`direction^T state` of each row, [rows, n]."""
     if state.shape[2] == 1:
         return torch.linalg.vecdot(direction, state[..., 0])[:, None]
-    return torch.bmm(state.transpose(1, 2), direction[:, :, None])[..., 0]
+    return torch.bmm(direction[:, None, :], state)[:, 0]
 
 
 def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,57 +85,55 @@ def _forward_torch(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) ->
     dtype = _compute_dtype(x, k, v, beta)
     out = torch.empty_like(x)
     error, inverse_norm = torch.empty_like(v, dtype=dtype), torch.empty_like(beta, dtype=dtype)
-    for rows in _row_groups(x):
-        state, direction = x[rows].to(dtype), k[rows].to(dtype)
-        target, gate = v[rows].to(dtype), beta[rows].to(dtype)
-        scale = torch.linalg.vecdot(direction, direction).add_(eps * eps).rsqrt_()
-        readout = _project(direction, state) * scale[:, None]
-        difference = target - readout
-        written = (gate * scale)[:, None] * difference
-        piece = _target(out[rows], dtype)
+    for group in _in_groups(x, k, v, beta, out, error, inverse_norm):
+        state, direction, target, gate = (tensor.to(dtype) for tensor in group[:4])
+        result, difference, scale = group[4:]
+        torch.linalg.vecdot(direction, direction, out=scale).add_(eps * eps).rsqrt_()
+        torch.sub(target, _project(direction, state) * scale[:, None], out=difference)
+        written = difference * (gate * scale)[:, None]
+        piece = _target(result, dtype)
         if x.shape[2] == 1:
             torch.addcmul(state[..., 0], direction, written, out=piece[..., 0])
         else:
-            torch.bmm(direction[:, :, None], written[:, None, :], out=piece).add_(state)
-        if piece.dtype != out.dtype:
-            out[rows] = piece
-        error[rows], inverse_norm[rows] = difference, scale
+            torch.mul(direction[:, :, None], written[:, None, :], out=piece).add_(state)
+        if piece is not result:
+            result.copy_(piece)
     return out, error, inverse_norm
 
 
 def _backward_torch(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tensor, error: Tensor,
                     inverse_norm: Tensor, kept_is_output: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = error.dtype
-    grad_x, grad_k = torch.empty_like(kept), torch.empty_like(k)
-    grad_v, grad_beta = torch.empty_like(v), torch.empty_like(beta)
-    for rows in _row_groups(kept):
-        upstream, state, direction = grad[rows].to(dtype), kept[rows].to(dtype), k[rows].to(dtype)
-        gate, scale, difference = beta[rows].to(dtype), inverse_norm[rows], error[rows]
+    results = tuple(torch.empty_like(tensor) for tensor in (kept, k, v, beta))
+    for group in _in_groups(kept, grad, k, v, beta, error, inverse_norm, *results):
+        state, upstream, direction, target, gate, difference, scale = (tensor.to(dtype) for tensor in group[:7])
+        grad_x, grad_k, grad_v, grad_beta = group[7:]
         projected = _project(direction, upstream) * scale[:, None]
         along = (projected * difference).sum(-1)
-        grad_v[rows], grad_beta[rows] = projected * gate[:, None], along
-        radial = 2 * along - (projected * v[rows].to(dtype)).sum(-1)
+        grad_v.copy_(projected * gate[:, None])
+        grad_beta.copy_(along)
+        radial = (projected * target).sum(-1) - 2 * along
         if kept_is_output:
-            radial = radial - gate * along
+            radial += gate * along
         a = gate * scale
-        radial = -(a * scale * radial)[:, None]
-        minus, plus = -a[:, None] * projected, a[:, None] * difference
-        piece_x, piece_k = _target(grad_x[rows], dtype), _target(grad_k[rows], dtype)
+        radial = (radial * a * scale)[:, None]
+        minus, plus = projected * -a[:, None], difference * a[:, None]
+        piece_x, piece_k = _target(grad_x, dtype), _target(grad_k, dtype)
         if kept.shape[2] == 1:
             torch.addcmul(upstream[..., 0], direction, minus, out=piece_x[..., 0])
-            torch.mul(upstream[..., 0], plus, out=piece_k)
-            piece_k.addcmul_(state[..., 0], minus).addcmul_(direction, radial)
+            torch.mul(upstream[..., 0], plus, out=piece_k).addcmul_(state[..., 0], minus)
         else:
-            torch.bmm(direction[:, :, None], minus[:, None, :], out=piece_x).add_(upstream)
-            torch.bmm(upstream, plus[:, :, None], out=piece_k[:, :, None])
-            piece_k.add_(torch.bmm(state, minus[:, :, None])[..., 0]).addcmul_(direction, radial)
-        if piece_x.dtype != grad_x.dtype:
-            grad_x[rows] = piece_x
-        if piece_k.dtype != grad_k.dtype:
-            grad_k[rows] = piece_k
-    return grad_x, grad_k, grad_v, grad_beta
+            torch.mul(direction[:, :, None], minus[:, None, :], out=piece_x).add_(upstream)
+            row = piece_k[:, None, :]
+            torch.bmm(plus[:, None, :], upstream.transpose(1, 2), out=row)
+            row.baddbmm_(minus[:, None, :], state.transpose(1, 2))
+        piece_k.addcmul_(direction, radial)
+        for result, piece in ((grad_x, piece_x), (grad_k, piece_k)):
+            if piece is not result:
+                result.copy_(piece)
+    return results
 
-# %% ../nbs/kernels/delta_update.ipynb #e0e50d0b
+# %% ../nbs/kernels/delta_update.ipynb #e57dfae2
 @functools.cache
 def _numba_loops(n: int):
     """The two loops over rows for n channels known to the compiler, or for any number (n = 0)."""
@@ -262,13 +266,12 @@ def _forward_numba(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) ->
     width = x.shape[1] * x.shape[2]
     guard = _flat(torch.tensor([eps], dtype=dtype))[0]
     native = x.dtype == dtype and k.dtype == dtype
-    for rows in [slice(0, x.shape[0])] if native else _row_groups(x):
-        piece = _target(out[rows], dtype)
-        _over_rows(loop, piece.shape[0], width, _flat(x[rows].to(dtype)), _flat(k[rows].to(dtype)),
-                   _flat(v[rows].to(dtype)), _flat(beta[rows].to(dtype)), guard, _flat(piece), _flat(error[rows]),
-                   _flat(inverse_norm[rows]))
-        if piece.dtype != out.dtype:
-            out[rows] = piece
+    operands = (x, k, v, beta, out, error, inverse_norm)
+    for group in [operands] if native else _in_groups(*operands):
+        piece = _target(group[4], dtype)
+        _over_rows(loop, piece.shape[0], width, *(_flat(tensor.to(dtype)) for tensor in group[:4]), guard, *map(_flat, (piece, *group[5:])))
+        if piece is not group[4]:
+            group[4].copy_(piece)
     return out, error, inverse_norm
 
 
@@ -279,13 +282,14 @@ def _backward_numba(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tens
     _, loop = _numba_loops(_known_channels(kept.shape[2]))
     width = kept.shape[1] * kept.shape[2]
     native = all(tensor.dtype == dtype for tensor in (grad, kept, k))
-    for rows in [slice(0, kept.shape[0])] if native else _row_groups(kept):
-        pieces = [_target(result[rows], dtype) for result in results]
-        inputs = [tensor[rows].to(dtype).contiguous() for tensor in (grad, kept, k, v, beta, error, inverse_norm)]
-        _over_rows(loop, pieces[0].shape[0], width, *map(_flat, inputs), kept_is_output, *map(_flat, pieces))
-        for result, piece in zip(results, pieces):
-            if piece.dtype != result.dtype:
-                result[rows] = piece
+    operands = (kept, grad, k, v, beta, error, inverse_norm, *results)
+    for group in [operands] if native else _in_groups(*operands):
+        pieces = [_target(result, dtype) for result in group[7:]]
+        state, upstream, *others = (_flat(tensor.to(dtype).contiguous()) for tensor in group[:7])
+        _over_rows(loop, pieces[0].shape[0], width, upstream, state, *others, kept_is_output, *map(_flat, pieces))
+        for result, piece in zip(group[7:], pieces):
+            if piece is not result:
+                result.copy_(piece)
     return results
 
 # %% ../nbs/kernels/delta_update.ipynb #1ef6f32c

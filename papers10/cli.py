@@ -1031,3 +1031,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given[:1] == ["run"]:
         given = _settle_resume(given)
     app(args=given, prog_name="papers10")
+
+# %% ../nbs/shared/core/cli.ipynb #66d63482
+if __name__ == "__main__" and "__file__" in globals():  # `python -m papers10.cli`, not a kernel that runs this cell
+    main()

@@ -294,7 +294,7 @@ def slopes(records: list[dict]) -> dict[tuple[str, str], float]:
             found[key] = sum((x - centre_x) * (y - centre_y) for x, y in pairs) / spread
     return found
 
-# %% ../../nbs/shared/core/bench.ipynb #5620c4bc
+# %% ../../nbs/shared/core/bench.ipynb #41f1bf8f
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -328,18 +328,25 @@ def run(names: Sequence[str] = (), device: str | None = None, dtype: str | None 
     dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    chosen = [(spec, sizes) for spec in find_specs(names) for sizes in _chosen_cases(spec, dtype, case, quick)]
+    specs = find_specs(names)
+    chosen = [(spec, sizes) for spec in specs for sizes in _chosen_cases(spec, kind, dtype, case, quick)]
     if not chosen:
-        known = sorted({case_label({**sizes, "dtype": dtype}) for spec in find_specs(names) for sizes in (spec.bench_cases or spec.cases)})
+        known = sorted({case_label({**sizes, "dtype": dtype}) for spec in specs for sizes in _cases_on(spec, kind)})
         raise ValueError(f"case: expected a part of one of: {'; '.join(known)}; got {case!r}")
     limits = hardware(device, measured=copy_bandwidth(device, megabytes=256 if kind == "cuda" else 16))
     return [record for spec, sizes in chosen for record in measure_case(spec, sizes, device=device, dtype=dtype, limits=limits)]
 
 
-def _chosen_cases(spec, dtype: str, wanted: str | None, quick: bool) -> list[dict]:
+def _cases_on(spec, kind: str) -> list[dict]:
+    """The sizes to time on "cpu" or "cuda", without the key that says where."""
+    return [{key: value for key, value in sizes.items() if key != "device"}
+            for sizes in (spec.bench_cases or spec.cases) if sizes.get("device", kind) == kind]
+
+
+def _chosen_cases(spec, kind: str, dtype: str, wanted: str | None, quick: bool) -> list[dict]:
     from papers10.kernels.harness import case_label
 
-    cases = [sizes for sizes in (spec.bench_cases or spec.cases) if not wanted or wanted in case_label({**sizes, "dtype": dtype})]
+    cases = [sizes for sizes in _cases_on(spec, kind) if not wanted or wanted in case_label({**sizes, "dtype": dtype})]
     if quick and cases:
         cases = [min(cases, key=spec.cost)] if spec.cost else cases[:1]
     return cases

@@ -387,7 +387,7 @@ def _ours(claim: claims_module.Claim, verdict: Mapping[str, Any] | None, result:
 def _plain_mean(term: str) -> bool:
     return re.fullmatch(r"mean\([\w.]+\)", term) is not None
 
-# %% ../../nbs/shared/core/results.ipynb #e1d838d1
+# %% ../../nbs/shared/core/results.ipynb #9a7ec624
 class Capability(Config):
     """One promise of the paper and where it is shown: `tests/FILE.py::TEST` or `NOTEBOOK#HEADING`; else the reason."""
 
@@ -435,7 +435,8 @@ def _target_problem(slug: str, target: str) -> str | None:
         return _test_problem(target)
     name, hash_sign, heading = target.partition("#")
     folder = presets.chapter_folder(slug)
-    candidates = [presets.notebooks_root() / f"{name}.ipynb"] + ([folder / f"{name}.ipynb"] if folder else [])
+    # the chapter's own `index` before the home page of that name
+    candidates = [place / f"{name}.ipynb" for place in (folder, presets.notebooks_root()) if place]
     notebook = next((path for path in candidates if path.exists()), None)
     if notebook is None:
         return "no such notebook"

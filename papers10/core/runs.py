@@ -286,7 +286,7 @@ class Progress:
         return {"description": self.description, "done": self.done, "total": self.total,
                 "seconds": round(time.monotonic() - self.started, 2), "values": values}
 
-# %% ../../nbs/shared/core/runs.ipynb #c48b1dab
+# %% ../../nbs/shared/core/runs.ipynb #afdb6e6b
 _METRIC = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")
 _FATAL = (ImportError, ConfigError, PermissionError, FileNotFoundError)
 
@@ -370,6 +370,23 @@ class Run:
             self._memory[key] = value
         return value
 
+    def each(self, name: str, arms: Iterable[str], compute: Callable[[str, int], Any], *,
+             seeds: Iterable[int] | None = None) -> dict[str, dict[int, Any]]:
+        """`compute(arm, seed)` for every arm and seed, each a `unit`, with a progress bar: {arm: {seed: value}}.
+
+        The units are called `NAME-ARM-SEED`; a seed that failed is left out. seeds: those of the run if None.
+        """
+        arms, seeds = list(arms), list(self.parameters["seeds"] if seeds is None else seeds)
+        found: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
+        with self.progress(len(arms) * len(seeds), name) as bar:
+            for seed in seeds:
+                for arm in arms:
+                    value = self.unit(f"{name}-{arm}-{seed}", lambda arm=arm, seed=seed: compute(arm, seed), seed=seed)
+                    if value is not None:
+                        found[arm][seed] = value
+                    bar.update(1)
+        return found
+
     def failed(self, seed: int | None, where: str, error: BaseException | str) -> None:
         """Record that `seed` failed at `where`; claims that need it will be `not tested`."""
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
@@ -451,6 +468,11 @@ class Run:
                              f"got {unit!r} and {better!r}")
         entry["by_seed"][seed] = value
         entry["n_items"] = n_items if n_items is not None else entry["n_items"]
+
+    def metrics(self, name: str, values: Mapping[int, float | None], **options: Any) -> None:
+        """`metric` for every seed of the run from {seed: value}; a seed that is missing there counts as failed."""
+        for seed in self.parameters["seeds"]:
+            self.metric(name, values.get(seed), seed=seed, **options)
 
     def table(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Keep records as `tables/NAME.csv` (Parquet above 100 000 rows where pyarrow is installed)."""

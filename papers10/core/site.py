@@ -66,7 +66,7 @@ def project() -> dict:
     data["project"]["version"] = papers10.__version__
     return data
 
-# %% ../../nbs/shared/core/site.ipynb #bf9b4e19
+# %% ../../nbs/shared/core/site.ipynb #31dd62a8
 def pages(nbs: Path | None = None) -> list[dict]:
     """The notebooks in reading order, in their sections.
 
@@ -81,7 +81,9 @@ def pages(nbs: Path | None = None) -> list[dict]:
     sections: list[dict] = []
     for entry in sidebar:
         if isinstance(entry, str):
-            sections.append({"title": None, "pages": [entry]})
+            if not sections or sections[-1]["title"] is not None:
+                sections.append({"title": None, "pages": []})
+            sections[-1]["pages"].append(entry)
         else:
             first = [entry["href"]] if "href" in entry else []
             sections.append({"title": entry["section"], "pages": first + list(entry["contents"])})
@@ -272,7 +274,11 @@ def _execute_one(path: Path, write: bool, timeout: int, scratch: str) -> tuple[s
 
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(path.parent)}},
     )
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -166,17 +165,12 @@ def test_dispatch_passes_what_was_asked(call, monkeypatch):
     assert call("app", "tiny", "draw", "--size", "3")[0] == 3 and asked[-1] == ["draw", "--size", "3"]
 
 
-def test_help_is_quick_and_loads_no_torch():
+def test_help_loads_nothing_heavy():
     code = (
         "import sys; from papers10 import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'papermill', 'pydantic'} & set(sys.modules)"
     )
-    fastest = 9.0
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        fastest = min(fastest, time.perf_counter() - began)
-    assert fastest < 0.5
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     listed = (
         "import sys; from papers10 import cli\ntry: cli.main(['list'])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules"

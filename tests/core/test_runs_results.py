@@ -60,6 +60,21 @@ def test_units_are_computed_once_and_keep_their_bits(begin):
     assert again.unit("a/b", lambda: 5) == 5
 
 
+def test_each_arm_and_seed_is_a_unit_and_a_failed_seed_is_left_out(begin):
+    run = begin()
+
+    def compute(arm, seed):
+        if (arm, seed) == ("b", 1):
+            raise RuntimeError("no luck")
+        return f"{arm}{seed}"
+
+    assert run.each("try", ("a", "b"), compute, seeds=(0, 1)) == {"a": {0: "a0", 1: "a1"}, "b": {0: "b0"}}
+    assert (run.folder / "units" / "try-a-1.json").exists() and run.errors[0]["where"] == "try-b-1"
+    run.metrics("trial.value", {seed: 0.5 for seed in run.parameters["seeds"][:1]}, unit="share")
+    assert list(run._metrics["trial.value"]["by_seed"]) == run.parameters["seeds"]
+    assert [value for value in run._metrics["trial.value"]["by_seed"].values() if value is not None] == [0.5]
+
+
 def test_two_runs_never_share_a_folder(begin):
     one, two = begin(), begin(resume=True)
     assert one.folder != two.folder
@@ -148,6 +163,18 @@ def test_capabilities_lead_somewhere(begin, tmp_path):
         (folder / "little.yaml").write_text(entry.format(wrong))
         with pytest.raises(ConfigError, match="a: "):
             results.capabilities("little")
+
+
+def test_index_means_the_chapters_own_page_before_the_home_page(begin, tmp_path):
+    place = tmp_path / "nbs" / "01_little"
+    place.mkdir(parents=True)
+    for path, heading in ((place / "index.ipynb", "Use it"), (tmp_path / "nbs" / "index.ipynb", "Installing")):
+        path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": [f"## {heading}"]}]}))
+    (tmp_path / "data" / "capabilities").mkdir()
+    (tmp_path / "data" / "capabilities" / "little.yaml").write_text(
+        'schema: 1\nchapter: little\ncapabilities:\n  - {id: a, text: "is used", where: ["index#Use it"]}\n'
+    )
+    assert "is used" in str(results.capabilities("little"))
 
 
 def test_claims_table_without_and_with_a_result(begin):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,9 +25,12 @@ def test_offline_record_holds_what_was_logged(tmp_path):
     tracker.summary({"verdict": "held"})
     tracker.finish()
     tracker.finish()
-    record = next(tmp_path.rglob("run-test-run.wandb")).read_bytes()
-    for part in (b"arm/loss", b"arm/step", b"0.125", b"other/loss", b"verdict", b"seeds"):
-        assert part in record
+    expected = (b"arm/loss", b"arm/step", b"0.125", b"other/loss", b"verdict", b"seeds")
+    path = next(tmp_path.rglob("run-test-run.wandb"))
+    end = time.monotonic() + 60  # another process writes the file, and may still be at it
+    while not all(part in path.read_bytes() for part in expected) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert [part for part in expected if part not in path.read_bytes()] == []
     assert all("wandb" in path.parts for path in tmp_path.rglob("*") if path.is_file())
 
 
