@@ -165,7 +165,7 @@ def selfmod_chunk(
     )
     return out, state if output_final_state else None
 
-# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #926165fa
+# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #ea9f079a
 _VECTORS, _GATES = ("k", "v", "q"), ("eta", "alpha")
 _GATE_BOUND = 8.0
 _PREFIX = "titans."
@@ -615,39 +615,51 @@ class SelfModifyingTitans(nn.Module):
         return turned(out), {"run": after["run"]}
 
     def _scan(self, z, q, theta, state, grid):
-        fixed, (size, main) = self._fixed(z, q), self.chunk_size
-        outs, chunk, held_until = [], {}, 0
-        period = max(self.chunk_size)
-        for low, high, finished, done in grid.pieces():
-            if low >= held_until:
-                # All signals of a projection chunk come from its start.
-                first, held_until = low, low + size - (grid.begin + low) % size if self.adaptive else z.shape[2]
-                cut = slice(first, held_until)
-                chunk = {name: value[:, :, cut] for name, value in fixed.items()}
-                if self.adaptive:
-                    chunk |= self._signals(self._states.answer(state, "projection", z[:, :, cut]))
-                chunk = self._finish(chunk)
-                if grid.mask is not None:
-                    here = grid.mask[:, None, cut].to(z.dtype)
-                    chunk["eta"], chunk["alpha"] = chunk["eta"] * here, chunk["alpha"] * here
-            s = {name: value[:, :, low - first : high - first] for name, value in chunk.items()}
-            mask = None if grid.mask is None else grid.mask[:, low:high]
-            gate = None if self.momentum != "token" else F.logsigmoid(theta[:, :, low:high])
-            asked = None if self.read == "chunk" else s["q"]
-            y, state_after = self._states.advance(state, asked, s["k"], self._targets(state, s["v"]), s["eta"], s["alpha"], gate, mask)
-            outs.append(self._states.answer(state, "memory", s["q"])["memory"] if y is None else y)
-            state = state_after
-            if self.momentum == "chunk":
-                gates = torch.sigmoid(theta[:, :, low:high])
-                gates = gates if mask is None else gates * mask[:, None].to(gates.dtype)
-                added = torch.stack([s["alpha"].sum(-1), gates.sum(-1)], -1)
-                state["sums"] = state["sums"] + added[:, :, None]
-            for index in finished:
-                state = self._commit(state, ("projection", "memory")[index], done, self.chunk_size[index])
-            place = grid.begin + high
-            if self.tbptt_chunks and place % period == 0 and (grid.chunks_before + place // period) % self.tbptt_chunks == 0:
-                state = {name: value.detach() for name, value in state.items()}
+        fixed, period, length = self._fixed(z, q), max(self.chunk_size), z.shape[2]
+        # All signals of a projection chunk come from its start: stretches of one or more pieces.
+        stretches, until = [], 0
+        for piece in grid.pieces():
+            if piece[0] >= until:
+                until = min(length, piece[0] + self.chunk_size[0] - (grid.begin + piece[0]) % self.chunk_size[0]) if self.adaptive else length
+                stretches.append((until - piece[0], []))
+            stretches[-1][1].append(piece)
+        # One split instead of many slices: the gradient of a slice is as long as the whole.
+        cut = lambda y: y.split([size for size, _ in stretches], 2) if y is not None and stretches else [None] * len(stretches)
+        parts = {name: cut(value) for name, value in fixed.items()}
+        asked_of, gates_of, outs = cut(z), cut(theta), []
+        for number, (_, pieces) in enumerate(stretches):
+            chunk = {name: values[number] for name, values in parts.items()}
+            if self.adaptive:
+                chunk |= self._signals(self._states.answer(state, "projection", asked_of[number]))
+            chunk = self._finish(chunk)
+            first = pieces[0][0]
+            if grid.mask is not None:
+                here = grid.mask[:, None, first : first + chunk["eta"].shape[2]].to(z.dtype)
+                chunk["eta"], chunk["alpha"] = chunk["eta"] * here, chunk["alpha"] * here
+            if theta is not None:
+                chunk["theta"] = gates_of[number]
+            lengths = [high - low for low, high, _, _ in pieces]
+            split = {name: value.split(lengths, 2) for name, value in chunk.items()} if len(pieces) > 1 else {n: [v] for n, v in chunk.items()}
+            for i, (low, high, finished, done) in enumerate(pieces):
+                y, state = self._piece({name: values[i] for name, values in split.items()}, state, None if grid.mask is None else grid.mask[:, low:high])
+                outs.append(y)
+                for index in finished:
+                    state = self._commit(state, ("projection", "memory")[index], done, self.chunk_size[index])
+                place = grid.begin + high
+                if self.tbptt_chunks and place % period == 0 and (grid.chunks_before + place // period) % self.tbptt_chunks == 0:
+                    state = {name: value.detach() for name, value in state.items()}
         return torch.cat(outs, 2) if outs else torch.zeros_like(z), state
+
+    def _piece(self, s: dict[str, Tensor], state: dict[str, Tensor], mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read and write tokens that lie inside one chunk of both sizes."""
+        asked, gate = None if self.read == "chunk" else s["q"], F.logsigmoid(s["theta"]) if self.momentum == "token" else None
+        read = self._states.answer(state, "memory", s["q"])["memory"] if asked is None else None
+        y, state = self._states.advance(state, asked, s["k"], self._targets(state, s["v"]), s["eta"], s["alpha"], gate, mask)
+        if self.momentum == "chunk":
+            gates = torch.sigmoid(s["theta"])
+            gates = gates if mask is None else gates * mask[:, None].to(gates.dtype)
+            state["sums"] = state["sums"] + torch.stack([s["alpha"].sum(-1), gates.sum(-1)], -1)[:, :, None]
+        return y if read is None else read, state
 
     def _guard(self, out: Tensor, state: dict[str, Tensor], grid: ChunkGrid) -> None:
         if not (self.check_finite if self.check_finite is not None else not self.training) or torch.compiler.is_compiling():
