@@ -34,7 +34,7 @@ def depth_parity(
     bits = torch.randint(2, (batch, depth), generator=generator)
     return bits, bits.sum(1) % modulus
 
-# %% ../../nbs/shared/lm/tasks.ipynb #8adbe251
+# %% ../../nbs/shared/lm/tasks.ipynb #5d30ff76
 class TaskBatch(NamedTuple):
     """Tokens, what the output at each of them must be, and where it counts.
 
@@ -45,7 +45,7 @@ class TaskBatch(NamedTuple):
     ids: Int64[Tensor, "batch time"]
     targets: Int64[Tensor, "batch time"]
     mask: Bool[Tensor, "batch time"]
-    info: dict[str, Tensor] = {}
+    info: dict[str, Tensor]
 
     def loss(self, logits: Float[Tensor, "batch time classes"]) -> Tensor:
         """Mean cross-entropy in nats over what is asked, from `logits` [B, T, classes]; 0 when nothing is."""
@@ -66,13 +66,13 @@ def _distinct(batch: int, count: int, total: int, generator: torch.Generator) ->
     """`count` different integers of [0, total) in each row, in random order."""
     return torch.rand(batch, total, generator=generator).argsort(1)[:, :count]
 
-# %% ../../nbs/shared/lm/tasks.ipynb #f76020b2
+# %% ../../nbs/shared/lm/tasks.ipynb #8e21b1dd
 def sequence_parity(batch: int, length: int, *, generator: torch.Generator) -> TaskBatch:
     """Random bits; at each token the parity of the ones so far. `batch` >= 0 rows, `length` >= 0; two ids, two classes, all of it counts."""
     check_range("batch", batch, 0)
     check_range("length", length, 0)
     bits = torch.randint(2, (batch, length), generator=generator)
-    return TaskBatch(bits, bits.cumsum(1) % 2, torch.ones_like(bits, dtype=torch.bool))
+    return TaskBatch(bits, bits.cumsum(1) % 2, torch.ones_like(bits, dtype=torch.bool), {})
 
 # %% ../../nbs/shared/lm/tasks.ipynb #a2ed30e9
 class FormalLanguage(NamedTuple):
@@ -461,7 +461,7 @@ def needle_score(continuation: str, sample: NeedleText) -> dict[str, float]:
         "candidate": float(text.startswith(sample.candidates)),
     }
 
-# %% ../../nbs/shared/lm/tasks.ipynb #fd95020c
+# %% ../../nbs/shared/lm/tasks.ipynb #6c4cc456
 MAD_TASKS = ("recall", "noisy_recall", "fuzzy_recall", "selective_copy", "compress", "memorize")
 """Names of `mad`."""
 
@@ -500,7 +500,7 @@ def _recall(batch: int, length: int, vocab: int, longest: int, noise: float, gen
     seen = same.tril(-1).any(2).gather(1, index) & ~hole
     follows = torch.cat([(index[:, 1:] == index[:, :-1]) & ~in_key[:, 1:], torch.zeros(batch, 1, dtype=torch.bool)], 1)
     mask = seen & follows
-    return TaskBatch(ids, ids.roll(-1, 1) * mask, mask)
+    return TaskBatch(ids, ids.roll(-1, 1) * mask, mask, {})
 
 
 def mad(
@@ -542,7 +542,7 @@ def mad(
         ids[:, ::2] = asked
         targets = torch.zeros_like(ids)
         targets[:, ::2] = book[asked]
-        return TaskBatch(ids, targets, ids < blank)
+        return TaskBatch(ids, targets, ids < blank, {})
     count = length // 4 if content is None else check_range("content", content, 1, length // 2)
     room = length - count
     ids = torch.full((batch, length), blank)
@@ -551,4 +551,4 @@ def mad(
     ids[:, room:] = mark
     targets = torch.zeros_like(ids)
     targets[:, room:] = tokens
-    return TaskBatch(ids, targets, ids == mark)
+    return TaskBatch(ids, targets, ids == mark, {})
