@@ -6,10 +6,10 @@ Docs: https://papers10.github.io/papers10/shared/core/data.html.md"""
 
 # %% auto #0
 __all__ = ['DataMissing', 'LicenceNotAccepted', 'ChecksumMismatch', 'package_root', 'SourceFile', 'Source', 'sources', 'source',
-           'licence', 'locate', 'available', 'FileCheck', 'file_sha256', 'verify', 'fetch', 'digits', 'ManifestEntry',
-           'manifest', 'manifest_problems', 'manifest_update']
+           'licence', 'locate', 'available', 'FileCheck', 'file_sha256', 'verify', 'fetch', 'hub_errors',
+           'dataset_rows', 'digits', 'ManifestEntry', 'manifest', 'manifest_problems', 'manifest_update']
 
-# %% ../../nbs/shared/core/data.ipynb #40f8969b
+# %% ../../nbs/shared/core/data.ipynb #bab2ccf2
 import hashlib
 import importlib.util
 import os
@@ -17,6 +17,8 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -352,6 +354,66 @@ def _fetch_hub(item: Source) -> None:
             f"put a copy into PAPERS10_DATA/{item.name}"
         ) from error
     os.replace(partial, target)
+
+# %% ../../nbs/shared/core/data.ipynb #de8f5932
+@contextmanager
+def hub_errors(id: str, *, instead: str = "give the path of a local copy instead of the id") -> Iterator[None]:
+    """Around whatever reads `id` from the hub: errors become `LicenceNotAccepted` (gated) or `DataMissing` (missing, offline, unreachable).
+
+    `instead`: what the user can give in its place. Raises MissingExtra without `datasets`.
+    """
+    if settings().offline:
+        raise DataMissing(f"{id}: PAPERS10_OFFLINE is set; unset it, or {instead}")
+    datasets = need("datasets", "lm", f"the data set {id}")
+    errors = need("huggingface_hub.errors", "lm")
+    page = f"https://huggingface.co/datasets/{id}"
+    try:
+        yield
+    except (DataMissing, LicenceNotAccepted):
+        raise
+    except errors.GatedRepoError as error:
+        raise LicenceNotAccepted(f"{id}: gated; accept its terms at {page} and log in (`hf auth login`), or {instead}") from error
+    except (datasets.exceptions.DatasetNotFoundError, errors.RepositoryNotFoundError) as error:
+        if "gated" in str(error).lower():
+            raise LicenceNotAccepted(f"{id}: gated; accept its terms at {page} and log in (`hf auth login`), or {instead}") from error
+        raise DataMissing(f"{id}: missing on the hub, or private; see {page}, or {instead}") from error
+    except Exception as error:
+        raise DataMissing(f"{id}: could not be read from the hub ({type(error).__name__}: {error}); {instead}") from error
+
+
+def dataset_rows(
+    id: str | Path, config: str | None = None, split: str = "train", *, columns: Sequence[str] = (), limit: int | None = None, revision: str | None = None,
+    instead: str = "give the path of a local copy instead of the id",
+) -> list[dict[str, Any]]:
+    """Rows of a data set as mappings.
+
+    Args:
+        id: hub id, or a local .json, .jsonl or .parquet file (`config` and `split` then have no meaning).
+        columns: that every row must have. limit: at most so many rows. revision: hub commit or branch. instead: see `hub_errors`.
+
+    Raises:
+        MissingExtra: without `datasets`. FileNotFoundError: a path that does not exist. LicenceNotAccepted, DataMissing: see `hub_errors`.
+        ValueError: no rows, or without the columns.
+    """
+    path, datasets = Path(id), need("datasets", "lm", f"the data set {id}")
+    if path.is_file():
+        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
+        if kind is None:
+            raise ValueError(f"id: expected a .parquet, .json or .jsonl file, got {path}")
+        rows = list(datasets.load_dataset(kind, data_files=str(path), split="train" if limit is None else f"train[:{limit}]"))
+    elif isinstance(id, Path) or str(id).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"id: expected an existing file or a hub id, got {id}")
+    else:
+        with hub_errors(str(id), instead=instead):
+            rows = []
+            for row in datasets.load_dataset(str(id), config, split=split, streaming=True, revision=revision):
+                if limit is not None and len(rows) >= limit:
+                    break
+                rows.append(dict(row))
+    missing = [name for name in columns if rows and name not in rows[0]]
+    if not rows or missing:
+        raise ValueError(f"{id}: expected rows with the columns {', '.join(columns) or 'of the data set'}, got {', '.join(rows[0]) if rows else 'no rows'}")
+    return rows
 
 # %% ../../nbs/shared/core/data.ipynb #4999bbb2
 def digits() -> "tuple[Float32[Tensor, 'image=1797 row=8 column=8'], Int64[Tensor, 'image=1797']]":
