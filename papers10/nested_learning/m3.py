@@ -66,7 +66,7 @@ def m3_param_groups(model: nn.Module, *, adamw: Sequence[str] = ()) -> list[dict
         groups["other" if flat or by_name or key in apart else "hidden"].append(parameter)
     return [{"name": name, "rule": rule, "params": groups[name]} for name, rule in (("hidden", "m3"), ("other", "adamw")) if groups[name]]
 
-# %% ../../nbs/01_nested_learning/04_m3.ipynb #269966e1
+# %% ../../nbs/01_nested_learning/04_m3.ipynb #2dc4cf84
 RULES = ("m3", "adamw")
 
 
@@ -86,7 +86,7 @@ class M3(MemoryOptimizer):
         rms_scale: root mean square of the update before `lr`, "ema" only; None leaves the size as Newton–Schulz gives it.
         weight_decay: decoupled, times lr.
         fallback_lr: of the AdamW groups that bring no lr.
-        second_moment: divide by the root of the second moment; None: only with "sum".
+        second_moment: divide by the root of the second moment; False saves the buffer.
         ns_dtype: Newton–Schulz computes in it; None as `newton_schulz`.
         share_work: several processes with whole, equal parameters divide the Newton–Schulz work; sharded ones always do.
         foreach: matrices of equal shape go through Newton–Schulz together.
@@ -114,7 +114,7 @@ class M3(MemoryOptimizer):
         weight_decay: float = 0.0,
         fallback_lr: float = 1e-3,
         *,
-        second_moment: bool | None = None,
+        second_moment: bool = True,
         ns_dtype: torch.dtype | None = None,
         share_work: bool = False,
         foreach: bool = True,
@@ -171,7 +171,7 @@ class M3(MemoryOptimizer):
             self._adamw(group, weights, gradients)
             return
         lr, alpha, ema = float(group["lr"]), group["alpha"], group["accumulate"] == "ema"
-        second = group["second_moment"] if group["second_moment"] is not None else not ema
+        second = group["second_moment"]
         if group["differentiable"] and any(map(is_sharded, weights)):
             raise RuntimeError("M3: differentiable is not supported for sharded parameters")
         states = [self._state(group, weight, second) for weight in weights]

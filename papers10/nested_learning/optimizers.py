@@ -27,7 +27,7 @@ from ..core.checks import NonFiniteError, check_choice, check_range
 from ..core.distributed import gather_rows, world_size
 from ..core.random import generator
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #1c491918
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #65ca1b6b
 def as_matrix(tensor: Tensor) -> Float[Tensor, "rows columns"]:
     """View of a weight as a matrix: [] -> [1, 1], [n] -> [n, 1], [o, ...] -> [o, rest].
 
@@ -126,13 +126,12 @@ class MemoryOptimizer(Optimizer):
 
     def _gradient(self, group: dict, weight: Tensor) -> Tensor:
         gradient = weight.grad
-        label = self._label(group, weight)
         if gradient.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, got one of {label}; use Embedding(sparse=False)")
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, got one of {self._label(group, weight)}; use Embedding(sparse=False)")
         if gradient.is_complex():
-            raise RuntimeError(f"{type(self).__name__} does not support complex parameters, got {label}")
+            raise RuntimeError(f"{type(self).__name__} does not support complex parameters, got {self._label(group, weight)}")
         if group["check_finite"] and not bool(torch.isfinite(gradient).all()):
-            raise NonFiniteError(f"gradient of {label} is not finite")
+            raise NonFiniteError(f"gradient of {self._label(group, weight)} is not finite")
         return -gradient if group["maximize"] else gradient
 
     @staticmethod
@@ -207,7 +206,7 @@ def erase(memory: Float[Tensor, "*batch rows columns"], gradient: Float[Tensor, 
     seen = (memory @ gradient.mT) @ gradient if rows <= columns else memory @ (gradient.mT @ gradient)
     return momentum * memory - coefficient * seen
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #4c976aba
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #44259336
 NS_COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
 
 
@@ -243,6 +242,8 @@ def newton_schulz(
     a, b, c = _coefficients(coeffs)
     _count("steps", steps, 0)
     check_range("eps", eps, 0.0)
+    if G.numel() == 0:
+        return G.clone()
     if dtype is None:
         wide = torch.promote_types(G.dtype, torch.float32)
         dtype = torch.bfloat16 if G.is_cuda and wide == torch.float32 else wide
@@ -309,7 +310,7 @@ def deep_memory_gradient(first: Float[Tensor, "*batch hidden columns"], second: 
     inner = (error @ second) * (1 - hidden.square())
     return inner.mT @ rows, error.mT @ hidden
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #69e92d04
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #71ce5ca0
 MOMENTUM_RULES = ("hebbian", "delta", "deep")
 OUTPUTS = ("identity", "newton_schulz", "sign", "tanh")
 INNER_OBJECTIVES = ("l2", "dot")
@@ -412,7 +413,7 @@ class GeneralizedMomentum(MemoryOptimizer):
             state["memory"] = torch.zeros_like(weight)
             if group["preconditioner"] == "adam":
                 state["square"] = torch.zeros_like(weight)
-            if group["rule"] == "deep" and min(rows, columns) > 1:
+            if group["rule"] == "deep" and columns > 1:
                 hidden = group["hidden"] or min(columns, 256)
                 start = torch.randn(hidden, columns, generator=generator(0, "deep-momentum", rows, columns)) / math.sqrt(columns)
                 state["first"] = start.to(weight.device, weight.dtype)
@@ -521,7 +522,7 @@ def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
         check_choice("argument", name, ("weight_decay", "foreach", "maximize", "differentiable", "check_finite"))
     return options
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #96286c43
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #4a34e6b7
 BATCH_MODES = ("mean", "exact", "sequential")
 
 
@@ -603,6 +604,7 @@ class DGD(MemoryOptimizer):
         normalize_inputs: use x / |x| for every input row, in the erasure and in the write.
         weight_decay: decoupled, times lr.
         fallback_lr: of the parameters that take plain SGD; they then form groups of their own. None: lr.
+        gradient_scale: s, at least 0; the layer is asked for u = -s dL/dy. 1 is the paper; with lr / s it writes as SGD does with lr and erases s times less.
         model: module whose layers are watched when parameters are given; without it inputs come from `capture` only.
         maximize, check_finite: see `MemoryOptimizer`.
 
@@ -625,6 +627,7 @@ class DGD(MemoryOptimizer):
         weight_decay: float = 0.0,
         fallback_lr: float | None = None,
         *,
+        gradient_scale: float = 1.0,
         model: nn.Module | None = None,
         maximize: bool = False,
         check_finite: bool = False,
@@ -642,7 +645,7 @@ class DGD(MemoryOptimizer):
             if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 self._watch(module)
         super().__init__(model_or_params, {"lr": lr, "batch_mode": batch_mode, "normalize_inputs": normalize_inputs, "weight_decay": weight_decay,
-                                           "maximize": maximize, "check_finite": check_finite})
+                                           "gradient_scale": gradient_scale, "maximize": maximize, "check_finite": check_finite})
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; with `fallback_lr` the parameters without watched layers become a second one."""
@@ -651,6 +654,7 @@ class DGD(MemoryOptimizer):
 
     def _check_group(self, group: dict) -> None:
         check_choice("batch_mode", group["batch_mode"], BATCH_MODES)
+        check_range("gradient_scale", group["gradient_scale"], 0.0)
 
     def _watch(self, module: nn.Module) -> None:
         self._watched[module.weight] = module
@@ -719,7 +723,7 @@ class DGD(MemoryOptimizer):
             if captured is None:
                 weight.add_(gradient, alpha=-lr)
                 continue
-            full, full_gradient = whole(weight).detach(), whole(gradient)
+            full, full_gradient = whole(weight).detach(), group["gradient_scale"] * whole(gradient)
             inputs = torch.cat([rows for rows, _ in captured], 1).to(full.dtype)
             shape = (len(inputs), -1, inputs.shape[-1])
             W, G = full.reshape(shape), full_gradient.reshape(shape)
