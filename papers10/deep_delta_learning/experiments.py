@@ -8,9 +8,9 @@ Docs: https://papers10.github.io/papers10/04_deep_delta_learning/experiments.htm
 __all__ = ['PARITY_ARMS', 'OSCILLATION_ARMS', 'OSCILLATION_MODES', 'DIGITS_ARMS', 'DIGITS_TRAINING', 'TEXT_SIZES', 'SWEEP_SEEDS',
            'seeded', 'count_parameters', 'DepthCounter', 'run_parity', 'Follower', 'oscillating_system',
            'run_oscillation', 'train_digits', 'run_digits', 'depth_profile', 'run_depth', 'build_text_model',
-           'run_text', 'validation_windows', 'gate_summary', 'best_settings']
+           'run_text', 'gate_summary', 'best_settings', 'validation_windows']
 
-# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #4eebfb7f
+# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #b340bb45
 import math
 from collections.abc import Callable, Sequence
 
@@ -24,6 +24,9 @@ from ..core.loop import LoopConfig, TrainState, train
 from ..core.random import generator
 from .residual import gate_value, write_update
 from ..kernels.delta_update import delta_update
+from ..lm.pretraining import validation_windows
+
+_all_ = ["validation_windows"]
 
 # %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #2693ca21
 def seeded(seed: int, name: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -392,7 +395,7 @@ def run_depth(arm: str, num_layers: int, seed: int, *, steps: int = 150, lr: flo
             "gradient_ratio": end["gradient"][0] / end["gradient"][-1], "start_growth": start["state"][-1] / start["state"][0],
             "start_gradient_ratio": start["gradient"][0] / start["gradient"][-1], "start": start, "end": end, "curve": _curve(history, "loss")}
 
-# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #0d614737
+# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #76b5a0c6
 TEXT_SIZES = {
     "mini": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
     "tiny": {"hidden_size": 64, "num_layers": 4, "num_heads": 2},
@@ -469,16 +472,6 @@ def run_text(residual: str, seed: int, *, tokens: Int[Tensor, "train"], val_toke
     return {"val_loss": history.last("val_loss"), "curve": _curve(history, "val_loss"), "train_curve": _curve(history, "loss"), "skipped": history.skipped,
             "seconds": history.seconds, "tokens_per_second": steps * batch * seq_len / max(history.seconds, 1e-9),
             "parameters": count_parameters(model), "gates": gate_summary(model, rows[:16, :-1])}
-
-
-def validation_windows(tokens: Int[Tensor, "val"], seq_len: int) -> Int[Tensor, "windows length"]:
-    """Consecutive windows [N, seq_len + 1] that overlap by one token, so that every token but the first is predicted once.
-
-    Raises ValueError when there are fewer than seq_len + 1 tokens.
-    """
-    if len(tokens) < seq_len + 1:
-        raise ValueError(f"tokens: expected at least {seq_len + 1}, got {len(tokens)}")
-    return tokens.unfold(0, seq_len + 1, seq_len)
 
 
 def _next_token_loss(model: nn.Module, window: Int[Tensor, "batch length"]) -> Tensor:

@@ -6,19 +6,19 @@ Docs: https://papers10.github.io/papers10/shared/lm/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['LICENCES', 'Inspect', 'Train', 'RESULT_UNITS', 'TextSource', 'Pretraining', 'from_parameters', 'accumulation',
-           'autocast_dtype', 'own_device', 'hub_errors', 'dataset_rows', 'MixedWindows', 'validation_windows',
-           'text_windows', 'check', 'check_batch', 'check_machine', 'requirements', 'FolderLog', 'adamw', 'fit',
-           'CarriedCache', 'rows_of_this_process', 'train_text', 'inference_speed', 'task_manager', 'benchmark',
-           'entry_of', 'resolve', 'command', 'slurm_options', 'launch', 'main', 'record']
+           'autocast_dtype', 'own_device', 'MixedWindows', 'validation_windows', 'text_windows', 'check', 'check_batch',
+           'check_machine', 'requirements', 'FolderLog', 'adamw', 'fit', 'CarriedCache', 'rows_of_this_process',
+           'train_text', 'inference_speed', 'train_images', 'task_manager', 'benchmark', 'entry_of', 'resolve',
+           'command', 'slurm_options', 'launch', 'main', 'record']
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #44ab54b5
+# %% ../../nbs/shared/lm/pretraining.ipynb #6c7d2a6b
 import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from ..core import checkpoint, distributed
 from ..core.checks import check_range
 from ..core.config import Config, from_mapping, replace
-from ..core.data import DataMissing, LicenceNotAccepted
+from ..core.data import DataMissing, hub_errors
+from ..core.images import ImageRows, class_count, image_rows, score_images
 from ..core.loop import History, LoopConfig, TrainState, train
 from ..core.optional import need
 from ..core.settings import settings as machine
@@ -134,72 +135,6 @@ def own_device(settings: Pretraining) -> torch.device:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(settings.device)
-
-# %% ../../nbs/shared/lm/pretraining.ipynb #b64a4840
-LICENCES = {
-    "HuggingFaceFW/fineweb-edu": "ODC-By 1.0", "emozilla/pg19": "Apache-2.0, books in the public domain", "gpt2": "MIT",
-    "meta-llama/Llama-2-7b-hf": "Llama 2 licence, gated: accept its terms on the hub, then `hf auth login`",
-}
-
-
-@contextmanager
-def hub_errors(id: str, *, instead: str = "give the path of a local copy instead of the id") -> Iterator[None]:
-    """Around whatever reads `id` from the hub: errors become `LicenceNotAccepted` (gated) or `DataMissing` (missing, offline, unreachable).
-
-    `instead`: what the user can give in its place. Raises MissingExtra without `datasets`.
-    """
-    if machine().offline:
-        raise DataMissing(f"{id}: PAPERS10_OFFLINE is set; unset it, or {instead}")
-    datasets = need("datasets", "lm", f"the data set {id}")
-    errors = need("huggingface_hub.errors", "lm")
-    page = f"https://huggingface.co/datasets/{id}"
-    try:
-        yield
-    except (DataMissing, LicenceNotAccepted):
-        raise
-    except errors.GatedRepoError as error:
-        raise LicenceNotAccepted(f"{id}: gated; accept its terms at {page} and log in (`hf auth login`), or {instead}") from error
-    except (datasets.exceptions.DatasetNotFoundError, errors.RepositoryNotFoundError) as error:
-        if "gated" in str(error).lower():
-            raise LicenceNotAccepted(f"{id}: gated; accept its terms at {page} and log in (`hf auth login`), or {instead}") from error
-        raise DataMissing(f"{id}: missing on the hub, or private; see {page}, or {instead}") from error
-    except Exception as error:
-        raise DataMissing(f"{id}: could not be read from the hub ({type(error).__name__}: {error}); {instead}") from error
-
-
-def dataset_rows(
-    id: str | Path, config: str | None = None, split: str = "train", *, columns: Sequence[str] = (), limit: int | None = None, revision: str | None = None,
-    instead: str = "give the path of a local copy instead of the id",
-) -> list[dict[str, Any]]:
-    """Rows of a data set as mappings.
-
-    Args:
-        id: hub id, or a local .json, .jsonl or .parquet file (`config` and `split` then have no meaning).
-        columns: that every row must have. limit: at most so many rows. revision: hub commit or branch. instead: see `hub_errors`.
-
-    Raises:
-        MissingExtra: without `datasets`. FileNotFoundError: a path that does not exist. LicenceNotAccepted, DataMissing: see `hub_errors`.
-        ValueError: no rows, or without the columns.
-    """
-    path, datasets = Path(id), need("datasets", "lm", f"the data set {id}")
-    if path.is_file():
-        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-        if kind is None:
-            raise ValueError(f"id: expected a .parquet, .json or .jsonl file, got {path}")
-        rows = list(datasets.load_dataset(kind, data_files=str(path), split="train" if limit is None else f"train[:{limit}]"))
-    elif isinstance(id, Path) or str(id).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"id: expected an existing file or a hub id, got {id}")
-    else:
-        with hub_errors(str(id), instead=instead):
-            rows = []
-            for row in datasets.load_dataset(str(id), config, split=split, streaming=True, revision=revision):
-                if limit is not None and len(rows) >= limit:
-                    break
-                rows.append(dict(row))
-    missing = [name for name in columns if rows and name not in rows[0]]
-    if not rows or missing:
-        raise ValueError(f"{id}: expected rows with the columns {', '.join(columns) or 'of the data set'}, got {', '.join(rows[0]) if rows else 'no rows'}")
-    return rows
 
 # %% ../../nbs/shared/lm/pretraining.ipynb #19a10ab1
 class MixedWindows:
@@ -355,7 +290,13 @@ def text_windows(settings: Pretraining, tokenizer, *, lanes: bool = False) -> tu
     )
     return windows, torch.cat(rows)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #7371cb61
+# %% ../../nbs/shared/lm/pretraining.ipynb #d69eb32b
+LICENCES = {
+    "HuggingFaceFW/fineweb-edu": "ODC-By 1.0", "emozilla/pg19": "Apache-2.0, books in the public domain", "gpt2": "MIT",
+    "meta-llama/Llama-2-7b-hf": "Llama 2 licence, gated: accept its terms on the hub, then `hf auth login`",
+}
+
+
 def check(settings: Pretraining) -> None:
     """Raise at once what would fail later.
 
@@ -656,6 +597,38 @@ def inference_speed(model: nn.Module, ids: Tensor, amp: torch.dtype | None = Non
             total = model(ids).logits.sum()
         total.item()
     return 3 * ids.numel() / max(time.monotonic() - started, 1e-9)
+
+# %% ../../nbs/shared/lm/pretraining.ipynb #57446a57
+def train_images(settings: Pretraining, folder: str | Path, build_model: Callable[[Pretraining, int], nn.Module], pixels: int, *,
+                 build_optimizer: Callable[[nn.Module, Pretraining], torch.optim.Optimizer] = adamw) -> dict:
+    """Train a classifier of images; every process of the launch calls this.
+
+    Args:
+        settings: dataset as for `core.images.image_rows`; seq_len and tokenizer have no meaning. folder: as for `train_text`.
+        build_model: (settings, number of classes) -> module that maps images [B, 3, S, S] in [-1, 1] to logits. pixels: S. build_optimizer: as for `train_text`.
+
+    Returns:
+        {"accuracy", "val_loss", "images_per_second", "parameters", "skipped", "steps", "curve": [[step, validation loss], ...]}.
+
+    Raises:
+        DataMissing, LicenceNotAccepted, ValueError: see `core.images.image_rows`. CheckpointMismatch: the folder belongs to other settings.
+    """
+    distributed.connect()
+    device, log = own_device(settings), FolderLog(Path(folder), settings)
+    training, held_out = image_rows(settings.dataset)
+    model = build_model(settings, class_count(training)).to(device)
+    batches = ImageRows(training, pixels, settings.micro_batch * distributed.world_size(), settings.seed)
+    state = TrainState(model, build_optimizer(model, settings), batches=batches)
+
+    def step_fn(current: TrainState, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(current.model(pair[0].to(device)).float(), pair[1].to(device))}
+
+    history, rate = fit(state, step_fn, settings, log, evaluate=lambda current: score_images(current.model, held_out, pixels, settings.micro_batch))
+    return log.finish({
+        "accuracy": history.last("accuracy"), "val_loss": history.last("val_loss"), "images_per_second": rate * settings.global_batch,
+        "parameters": sum(p.numel() for p in model.parameters()), "skipped": history.skipped, "steps": state.step,
+        "curve": [[r["step"], r["val_loss"]] for r in history.records if r.get("val_loss") is not None],
+    })
 
 # %% ../../nbs/shared/lm/pretraining.ipynb #67cf32e8
 def task_manager(settings: Pretraining):

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "miniatures"))
 import fineweb
 
+from papers10.core import checkpoint
 from papers10.core.config import ConfigError, replace
 from papers10.core.data import DataMissing
 from papers10.core.optional import MissingExtra
@@ -64,18 +65,18 @@ def test_a_stopped_training_goes_on_to_the_same_numbers(text, whole, tmp_path):
     class Stop(Exception):
         pass
 
-    saved = full_scale.checkpoint.save
+    saved = checkpoint.save
 
     def save_and_die(*arguments, **options):
         saved(*arguments, **options)
         raise Stop
 
-    full_scale.checkpoint.save = save_and_die
+    checkpoint.save = save_and_die
     try:
         with pytest.raises(Stop):
             full_scale.launch(text, tmp_path)
     finally:
-        full_scale.checkpoint.save = saved
+        checkpoint.save = saved
     again = full_scale.launch(text, tmp_path)
     assert (
         again["val_loss"] == whole["val_loss"] and again["curve"] == whole["curve"] and again["gates"] == whole["gates"]
