@@ -522,7 +522,7 @@ def write_from_loss(states: Sequence[ContinuumState], bases: Sequence[Sequence[d
         reports.append(state.advance(levels, time, alive))
     return reports
 
-# %% ../../nbs/01_nested_learning/07_continuum_memory.ipynb #c83c7304
+# %% ../../nbs/01_nested_learning/07_continuum_memory.ipynb #5402fbcd
 class ContinuumBlock(nn.Module):
     """One level: norm, MLP, and for local errors the view W_v that it must predict.
 
@@ -574,6 +574,7 @@ class ContinuumMemory(nn.Module):
     """
 
     placement = "replace_mlp"
+    takes_valid = True
 
     def __init__(self, hidden_size: int, chunk_sizes: Sequence[int] = (8, 64), variant: str = "sequential", *, hidden_mult: float = 4,
                  mlp: str = "gelu", error: str = "local", reduction: str | None = None, lr_init: float | Sequence[float] = 0.1, learn_lr: bool = False,

@@ -308,7 +308,7 @@ def cms_from_pretrained(model: nn.Module, chunk_sizes: Sequence[int], split: str
     model.continuum = Continuum(mlps, sizes, split, level_of, error)
     return model
 
-# %% ../../nbs/01_nested_learning/10_pretrained.ipynb #310ad601
+# %% ../../nbs/01_nested_learning/10_pretrained.ipynb #41e88b73
 class _Reader:
     """Feeds pieces to a model of transformers or of ours and keeps what it needs between two pieces."""
 
@@ -376,7 +376,8 @@ def stream(model: nn.Module, loader: Iterable[Any], update: bool = True, reset: 
         loader: yields tokens [B, T] (or [T]), or mappings with `input_ids` and, for documents of different length, `attention_mask`
             (padding on the right).
         update: write; False reads the same chunks with the pretrained weights.
-        reset: "document": every item begins with nothing; "never": the items continue one text a row.
+        reset: "document": every item begins with nothing; "context": with an empty context, but with the levels as they are;
+            "never": the items continue one text a row.
         context: earlier tokens that attention sees (None: all of the document). sink: first tokens that it sees besides, since
             pretrained attention rests on them (models of transformers with rotary positions).
         flush: write unfinished chunks at the end of a document.
@@ -392,7 +393,7 @@ def stream(model: nn.Module, loader: Iterable[Any], update: bool = True, reset: 
         ValueError: a model without levels, unknown `reset`, items that do not fit.
         NonFiniteError: loss or error is not finite; nothing of that chunk was written.
     """
-    check_choice("reset", reset, ("document", "never"))
+    check_choice("reset", reset, ("document", "context", "never"))
     check_range("sink", sink, 0)
     if context is not None:
         check_range("context", context, 1)
@@ -420,6 +421,16 @@ class _Stream:
         for memory in self.inner:
             state = self.reader.cache.layers[memory.layer]["cms"] = memory.new_state(batch)
             state.check_finite = self.check_finite
+
+    def renew(self, batch: int) -> None:
+        """Another text in front of the same levels."""
+        states = self.states()
+        if len(states[0].count) != batch:
+            raise ValueError(f"loader: expected {len(states[0].count)} rows, as in the items before, got {batch}")
+        self.reader.forget()
+        if self.cms is None:
+            for memory, state in zip(self.inner, states):
+                self.reader.cache.layers[memory.layer]["cms"] = state
 
     def states(self) -> list[ContinuumState]:
         if self.cms is not None:
@@ -494,8 +505,11 @@ def _stream(model, cms, inner, loader, update, reset, context, sink, flush, chec
     run, waiting, document = _Stream(model, cms, inner, update, _Reader(model, context, sink), check_finite), None, 0
     for document, item in enumerate(loader):
         ids, mask = _documents(item)
-        if reset == "document":
-            run.begin(len(ids))
+        if reset != "never":
+            if reset == "document" or document == 0:
+                run.begin(len(ids))
+            else:
+                run.renew(len(ids))
             yield from run.item(document, ids, None if mask is None else mask[:, 1:], False, flush)
             continue
         if mask is not None:

@@ -1,6 +1,7 @@
 """Levels out of pretrained models: the same function until the first write, prequential logs, gradients a row, clear refusals."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_never_reset_reads_one_text_whatever_the_items(split):
     ids, results = tokens(2, 41), []
     for cuts in ((0, 41), (0, 1, 2, 12, 13, 30, 41)):
         model = cms_from_pretrained(tiny("llama"), (4, 8, 16), split, lr=0.5)
-        items = [ids[:, a:b] for a, b in zip(cuts, cuts[1:])]
+        items = [ids[:, a:b] for a, b in itertools.pairwise(cuts)]
         logs = list(stream(model, items, reset="never"))
         assert sum(log["tokens"] for log in logs) == 80
         results.append((losses(logs), [(log["token"], log["written"]) for log in logs]))
@@ -167,6 +168,22 @@ def test_documents_reset():
     model.continuum.detach()
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, tiny("llama")(ids).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_new_context_keeps_the_levels(inside):
+    if inside:
+        torch.manual_seed(0)
+        config = TrunkConfig(vocab_size=61, hidden_size=16, num_layers=1, num_heads=2, init_std=0.2)
+        memory = ContinuumMemory(16, (4,), output="branch", error="backprop", lr_init=0.5)
+        model = CausalLM(config, extra={0: memory}).eval()
+    else:
+        model = cms_from_pretrained(tiny("llama"), (4,), lr=1.0)
+    ids = tokens(1, 9)
+    logs = list(stream(model, [ids] * 12, reset="context"))
+    assert [log["token"] for log in logs] == list(range(4, 97, 4)) and logs[-1]["loss"] < 0.3 * logs[1]["loss"]
+    with pytest.raises(ValueError, match="expected 1 rows"):
+        list(stream(model, [ids, tokens(2, 5)], reset="context"))
 
 
 def test_flush_writes_the_rest():
