@@ -1163,7 +1163,7 @@ def _refuse_second_derivative(ctx, *grads):
 _forward_op.register_autograd(_gradients, setup_context=_keep_for_backward)
 _backward_op.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
-# %% ../nbs/kernels/gated_delta.ipynb #a65ac5bf
+# %% ../nbs/kernels/gated_delta.ipynb #c304fb71
 _OFFERED = ("reference", "torch", "triton")
 
 
@@ -1241,6 +1241,7 @@ def gated_delta(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], write:
 
     Returns:
         What each token reads, and the state after the last token, float32 (float64 if an input is). T = 0 returns the initial state.
+        A NaN or infinity stays in its sequence and head, but may reach back to the start of its block (at most 64 tokens).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
