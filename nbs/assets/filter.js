@@ -38,7 +38,8 @@
       const bar = document.createElement("div");
       bar.className = "filter";
       bar.append(words, ...(groups.length > 1 ? [chapter] : []), verdict, count);
-      for (const part of [words, chapter, verdict]) part.addEventListener("input", show);
+      words.addEventListener("input", show);
+      for (const part of [chapter, verdict]) part.addEventListener("change", show);
       box.prepend(bar);
       show();
     }

@@ -11,13 +11,14 @@ __all__ = ['delta_update', 'delta_operator', 'delta_spectrum', 'apply_operator',
            'DDLCausalLM', 'DDLModel', 'DDLBlock', 'DDLForCausalLM', 'DDLHFConfig', 'DeltaStream',
            'convert_additive_checkpoint', 'convert_released_checkpoint', 'from_additive', 'flops_per_token',
            'iso_flop_steps', 'gate_report', 'discrepancy_audit', 'regime_shares', 'shortcut_product', 'recording',
-           'DeltaResNet', 'DeltaConvBlock', 'ResidualMLP']
+           'DeltaResNet', 'DeltaConvBlock', 'ResidualMLP', 'run_parity', 'run_text', 'run_digits', 'run_depth',
+           'residual_traffic', 'bench_specs']
 
 # %% ../../nbs/04_deep_delta_learning/api.ipynb #b61f8c09
 import importlib
 from typing import Any
 
-# %% ../../nbs/04_deep_delta_learning/api.ipynb #805693a7
+# %% ../../nbs/04_deep_delta_learning/api.ipynb #2d7b39c1
 _HOME = {
     "operator": ("delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections"),
     "residual": ("DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update"),
@@ -26,13 +27,15 @@ _HOME = {
               "convert_additive_checkpoint", "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps"),
     "inspection": ("gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording"),
     "vision": ("DeltaResNet", "DeltaConvBlock", "ResidualMLP"),
+    "experiments": ("run_parity", "run_text", "run_digits", "run_depth"),
+    "benchmarks": ("residual_traffic", "bench_specs"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _all_ = ["delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections",
          "DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update", "EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection",
          "DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream", "convert_additive_checkpoint",
          "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps", "gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording",
-         "DeltaResNet", "DeltaConvBlock", "ResidualMLP"]
+         "DeltaResNet", "DeltaConvBlock", "ResidualMLP", "run_parity", "run_text", "run_digits", "run_depth", "residual_traffic", "bench_specs"]
 
 
 def __getattr__(name: str) -> Any:

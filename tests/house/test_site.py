@@ -221,6 +221,27 @@ class TestInChromium:
         assert background() == after
         browser.execute_script("localStorage.clear()")
 
+    def test_claims_can_be_filtered(self, browser, address):
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.support.ui import Select
+
+        browser.get(f"{address}/results.html")
+        box = browser.find_element(By.CSS_SELECTOR, ".filterable")
+        rows = box.find_elements(By.CSS_SELECTOR, "tr[data-verdict]")
+
+        def shown():
+            visible = [row for row in rows if row.is_displayed()]
+            assert box.find_element(By.TAG_NAME, "output").text == f"{len(visible)} of {len(rows)}"
+            return visible
+
+        assert len(shown()) == len(rows)
+        box.find_element(By.CSS_SELECTOR, ".filter input").send_keys("negative eigenvalue")
+        found = shown()
+        assert 0 < len(found) < len(rows) and all("negative eigenvalue" in row.text for row in found)
+        verdict = found[0].get_attribute("data-verdict")
+        Select(box.find_elements(By.TAG_NAME, "select")[-1]).select_by_visible_text(verdict)
+        assert 0 < len(shown()) <= len(found) and all(row.get_attribute("data-verdict") == verdict for row in shown())
+
     def test_menu_opens_on_a_telephone(self, browser, address):
         from selenium.webdriver.common.by import By
 
