@@ -323,7 +323,7 @@ def run_formal(name: str, arm: str, seed: int, *, steps: int = 400, lr: float | 
             result |= {f"bin{index}": test.row_accuracy(logits), f"symbols{index}": test.accuracy(logits)}
     return result
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #9bb93280
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #345ef56c
 _MATCHED_HEAD = 48
 REBINDING_ARMS: dict[str, dict] = {
     "attention": {"mixer": Attention, "head_dim": _MATCHED_HEAD},
@@ -348,7 +348,7 @@ RECALL_TASKS: dict[str, dict] = {
 }
 """Tasks of `run_recall`: generator, number of ids, sequences a batch and default steps."""
 
-RECALL_RATES = dict.fromkeys(REBINDING_ARMS, 8e-3)
+RECALL_RATES = dict.fromkeys(REBINDING_ARMS, 8e-3) | dict.fromkeys(("attention", "titans", "static-gd", "hope", "hope-nested"), 1.6e-2)
 """Learning rates of the recall experiments, from the sweep over 4e-3, 8e-3, 1.6e-2 on seed 100."""
 
 
