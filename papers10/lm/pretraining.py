@@ -6,10 +6,11 @@ Docs: https://papers10.github.io/papers10/shared/lm/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['LICENCES', 'Inspect', 'Train', 'RESULT_UNITS', 'TextSource', 'Pretraining', 'from_parameters', 'accumulation',
-           'autocast_dtype', 'own_device', 'MixedWindows', 'validation_windows', 'text_windows', 'check', 'check_batch',
-           'check_machine', 'requirements', 'FolderLog', 'adamw', 'fit', 'CarriedCache', 'rows_of_this_process',
-           'train_text', 'inference_speed', 'train_images', 'task_manager', 'benchmark', 'entry_of', 'resolve',
-           'command', 'slurm_options', 'launch', 'main', 'record']
+           'autocast_dtype', 'own_device', 'MixedWindows', 'validation_windows', 'text_windows', 'train_tokenizer',
+           'check', 'check_batch', 'check_machine', 'requirements', 'FolderLog', 'adamw', 'fit', 'load_weights',
+           'recompute_sublayers', 'CarriedCache', 'rows_of_this_process', 'train_text', 'inference_speed',
+           'train_images', 'task_manager', 'benchmark', 'entry_of', 'resolve', 'command', 'slurm_options', 'launch',
+           'main', 'record']
 
 # %% ../../nbs/shared/lm/pretraining.ipynb #6c7d2a6b
 import importlib
@@ -38,9 +39,9 @@ from ..core.optional import need
 from ..core.settings import settings as machine
 from ..kernels.common import BackendUnavailable
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #945ebde7
+# %% ../../nbs/shared/lm/pretraining.ipynb #73087455
 class TextSource(Config):
-    """A data set of documents: `dataset` hub id or local files, `config`, `split`, `column` of the text, `share` of the tokens of a mixture."""
+    """A data set of documents: `dataset` hub id, local files or "pydoc" (the documentation in every Python), `config`, `split`, `column` of the text, `share` of the tokens of a mixture."""
 
     dataset: str
     config: str | None = None
@@ -55,11 +56,12 @@ class Pretraining(Config):
     Data: dataset, dataset_config, dataset_share and further `mix` sources; tokenizer "bytes", a folder or a hub id; val_tokens from the heads of the sources.
     Batch: global_batch sequences of seq_len tokens an update, micro_batch of them a forward pass of one process.
     AdamW: lr, betas, weight_decay, clip_norm; warm-up and cosine down to lr_floor of the peak.
-    Machine: devices processes by `strategy`; dtype of autocast (weights are float32); backend of the kernels.
+    Start: resume_from a checkpoint of this very training, or weights_from one of any training of the same model (its optimizer and data position stay behind).
+    Machine: devices processes by `strategy`; dtype of autocast (weights are float32); backend of the kernels; recompute sublayers in the backward pass.
     """
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        "devices", "strategy", "device", "micro_batch", "save_every", "max_seconds", "resume_from", "eval_tasks", "task_folder", "wandb", "wandb_project",
+        "devices", "strategy", "device", "micro_batch", "save_every", "max_seconds", "resume_from", "recompute", "eval_tasks", "task_folder", "wandb", "wandb_project",
     )
 
     seed: int = Field(default=0, ge=0)
@@ -81,11 +83,13 @@ class Pretraining(Config):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: str = "cuda"
     backend: str = "auto"
+    recompute: bool = False
     val_tokens: int = Field(default=10_485_760, ge=1)
     save_every: int = 1000
     eval_every: int = 500
     max_seconds: float | None = None
     resume_from: str | None = None
+    weights_from: str | None = None
     eval_tasks: list[str] = []
     task_folder: str | None = None
     devices: int = Field(default=4, ge=1)
@@ -214,7 +218,7 @@ class MixedWindows:
         self.consumed, self.tokens = [int(n) for n in state["consumed"]], [int(n) for n in state["tokens"]]
         self._waiting, self._open = [waiting.tolist() for waiting in state["waiting"]], [None] * len(self.sources)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #2a99951c
+# %% ../../nbs/shared/lm/pretraining.ipynb #28ebbb0b
 def validation_windows(tokens: Tensor, seq_len: int) -> Tensor:
     """Consecutive windows [N, seq_len + 1] of a stream, int64 [n], that overlap by one token, so that every token but the first is predicted once.
 
@@ -226,8 +230,12 @@ def validation_windows(tokens: Tensor, seq_len: int) -> Tensor:
 
 
 def _documents(source: TextSource, skip: int) -> Iterator[str]:
-    from papers10.lm.text import hub_text
+    from papers10.lm.text import hub_text, pydoc_text
 
+    if source.dataset == "pydoc":
+        text = pydoc_text()
+        yield from (text[low : low + 4000] for low in range(4000 * skip, len(text), 4000))
+        return
     if Path(source.dataset).exists():
         yield from hub_text(source.dataset, source.config, source.split, column=source.column, skip=skip)
         return
@@ -290,9 +298,42 @@ def text_windows(settings: Pretraining, tokenizer, *, lanes: bool = False) -> tu
     )
     return windows, torch.cat(rows)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #d69eb32b
+# %% ../../nbs/shared/lm/pretraining.ipynb #67452f24
+def train_tokenizer(settings: Pretraining, folder: str | Path, *, vocab_size: int = 32_000, characters: int = 100_000_000) -> Path:
+    """Train a byte-level BPE on the head of the settings' mixture and save it as folder/tokenizer.json, which `settings.tokenizer` may then name.
+
+    Args:
+        settings: dataset and mix. folder: made when missing. vocab_size: tokens, the end marker `<|endoftext|>` included. characters: read in all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MissingExtra: without `tokenizers`. DataMissing, LicenceNotAccepted: see `core.data.hub_errors`.
+    """
+    tokenizers = need("tokenizers", "lm", "training a tokenizer")
+    check_range("vocab_size", vocab_size, 258)
+    total = sum(source.share for source in settings.sources())
+
+    def texts() -> Iterator[str]:
+        for source in settings.sources():
+            left = round(characters * source.share / total)
+            for document in _documents(source, 0):
+                yield document[:left]
+                left -= len(document)
+                if left <= 0:
+                    break
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts(), vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe._tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+# %% ../../nbs/shared/lm/pretraining.ipynb #fa71a01e
 LICENCES = {
-    "HuggingFaceFW/fineweb-edu": "ODC-By 1.0", "emozilla/pg19": "Apache-2.0, books in the public domain", "gpt2": "MIT",
+    "HuggingFaceFW/fineweb-edu": "ODC-By 1.0", "pydoc": "PSF-2.0", "emozilla/pg19": "Apache-2.0, books in the public domain", "gpt2": "MIT",
     "meta-llama/Llama-2-7b-hf": "Llama 2 licence, gated: accept its terms on the hub, then `hf auth login`",
 }
 
@@ -311,7 +352,7 @@ def check(settings: Pretraining) -> None:
     check_machine(settings)
     if machine().offline:
         for name, value in [("tokenizer", settings.tokenizer), *(("dataset", source.dataset) for source in settings.sources())]:
-            if value != "bytes" and not Path(value).exists():
+            if value not in ("bytes", "pydoc") and not Path(value).exists():
                 raise DataMissing(f"{name}: {value} is on the hub and PAPERS10_OFFLINE is set; unset it or give a local folder")
     if settings.eval_tasks:
         task_manager(settings)
@@ -423,7 +464,7 @@ def _write(place: Path, value: Any) -> None:
     part.write_text(json.dumps(value, indent=1))
     part.replace(place)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #0c6396e9
+# %% ../../nbs/shared/lm/pretraining.ipynb #4d784212
 def adamw(model: nn.Module, settings: Pretraining, lr: float | None = None) -> torch.optim.Optimizer:
     """AdamW with the settings' betas and weight decay (none on norms and biases); `lr` instead of the settings'."""
     from papers10.lm.optim import parameter_groups
@@ -467,31 +508,69 @@ def fit(
     return history, (state.step - begun) / max(history.seconds, 1e-9)
 
 
+def load_weights(model: nn.Module, settings: Pretraining) -> None:
+    """Put the weights of `settings.weights_from`, a checkpoint folder or a folder of them, into the model. Raises FileNotFoundError, RuntimeError."""
+    if settings.weights_from is None:
+        return
+    folder = Path(settings.weights_from)
+    folder = folder if (folder / "model.safetensors").is_file() else checkpoint.latest(folder)
+    if folder is None:
+        raise FileNotFoundError(f"weights_from: expected a checkpoint, got {settings.weights_from} without one")
+    model.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors", device=next(model.parameters()).device))
+
+
+def recompute_sublayers(model: nn.Module) -> nn.Module:
+    """Let a `CausalLM` keep only the inputs of its mixers, feed-forwards and extra modules and compute the rest again in the backward pass: a third more work, the same
+    gradients. Calls with a cache are left as they are. A model of transformers uses its own way. Returns the model.
+    """
+    from torch.utils.checkpoint import checkpoint as again
+
+    if not hasattr(model, "blocks"):
+        # The name changed with transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        return model
+
+    def wrapped(forward: Callable) -> Callable:
+        def call(x: Tensor, **options: Any):
+            if options.get("cache") is None and torch.is_grad_enabled():
+                return again(forward, x, use_reentrant=False, **options)
+            return forward(x, **options)
+
+        return call
+
+    for module in [*(part for block in model.blocks for part in (block.mixer, block.channel)), *model.extra.values()]:
+        if not isinstance(module, nn.Identity):
+            module.forward = wrapped(module.forward)
+    return model
+
+
 class CarriedCache:
     """The cache of a model that goes on from batch to batch, as checkpoint state.
 
     Args:
-        model: with `new_cache()` and the keyword `cache` of `lm.trunk.CausalLM`.
+        model: with `new_cache()` and the keyword `cache` of `lm.trunk.CausalLM`. windows: after so many it starts anew; 0: never.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model, self.cache = model, None
+    def __init__(self, model: nn.Module, windows: int = 0):
+        self.model, self.windows, self.cache, self.read = model, check_range("windows", windows, 0), None, 0
 
     def __call__(self, network: nn.Module, ids: Tensor) -> Tensor:
         """Logits [B, T, V] of `network` (the model, maybe wrapped) on the next tokens of every lane."""
-        self.cache = self.model.new_cache() if self.cache is None else self.cache.detach_()
+        anew = self.cache is None or (self.windows and self.read % self.windows == 0)
+        self.cache = self.model.new_cache() if anew else self.cache.detach_()
+        self.read += 1
         return network(ids, cache=self.cache).logits
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the cache, empty before the first batch."""
-        return {} if self.cache is None else self.cache.detach_().state_dict()
+        """State of the cache and the windows it has read."""
+        return {"read": self.read, "cache": {} if self.cache is None else self.cache.detach_().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with that state."""
-        self.cache = None
-        if state:
-            device = next(self.model.parameters()).device
-            self.cache = self.model.new_cache().load_state_dict(_moved(state, device))
+        self.read, self.cache = int(state["read"]), None
+        if state["cache"]:
+            self.cache = self.model.new_cache().load_state_dict(_moved(state["cache"], next(self.model.parameters()).device))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -501,11 +580,13 @@ def _moved(value: Any, device: torch.device) -> Any:
     return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def rows_of_this_process(rows: Tensor) -> Tensor:
-    """Every process gets as many of the rows, in turn; at least one."""
-    world = distributed.world_size()
-    keep = len(rows) // world * world if len(rows) >= world else len(rows)
-    return rows[:keep][distributed.rank() % max(len(rows), 1) :: world]
+def rows_of_this_process(rows: Tensor, *, lanes: bool = False) -> Tensor:
+    """Every process gets as many of the rows, in turn or, with `lanes`, a run of consecutive ones; at least one."""
+    world, rank = distributed.world_size(), distributed.rank()
+    if len(rows) < world:
+        return rows[rank % max(len(rows), 1) :][:1]
+    each = len(rows) // world
+    return rows[rank * each : (rank + 1) * each] if lanes else rows[: each * world][rank::world]
 
 
 Inspect = Callable[[nn.Module, Tensor], list[dict]]
@@ -513,7 +594,7 @@ Inspect = Callable[[nn.Module, Tensor], list[dict]]
 
 def train_text(
     settings: Pretraining, folder: str | Path, build_model: Callable[[Pretraining, int], nn.Module], *,
-    build_optimizer: Callable[[nn.Module, Pretraining], torch.optim.Optimizer] = adamw, inspect: Mapping[str, Inspect] | None = None, carry: bool = False,
+    build_optimizer: Callable[[nn.Module, Pretraining], torch.optim.Optimizer] = adamw, inspect: Mapping[str, Inspect] | None = None, carry: int = 1,
     extras: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] | None = None, after_step: Sequence[Callable[[TrainState], None]] = (),
     flops: Callable[[nn.Module], float] | None = None, find_unused: bool = False, shots: tuple[int, ...] = (0, 1),
     finish: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None,
@@ -525,7 +606,7 @@ def train_text(
         build_model: (settings, vocabulary size) -> module that maps ids [B, T] to an output with `logits` [B, T, V].
         build_optimizer: (model, settings) -> optimizer.
         inspect: {name: (model in eval mode, ids [b, T]) -> records}; written to logs/NAME.jsonl at each evaluation, and as result[NAME] at the end.
-        carry: keep the model's cache from window to window. extras: more checkpoint state by name, or a function of the model that gives it.
+        carry: windows for which the model's cache goes on, 1: every window starts anew, 0: it never does. extras: more checkpoint state by name, or a function of the model that gives it.
         after_step: functions of the state, called after every update. flops: of one token forward and backward, for the utilisation.
         find_unused: some parameters take no part in a loss. shots: of the benchmarks. finish: (model, tokenizer) -> further entries of the result, rank 0 only.
 
@@ -541,12 +622,15 @@ def train_text(
     distributed.connect()
     device, log = own_device(settings), FolderLog(Path(folder), settings)
     tokenizer = load_tokenizer(settings.tokenizer)
-    windows, rows = text_windows(settings, tokenizer, lanes=carry)
+    windows, rows = text_windows(settings, tokenizer, lanes=carry != 1)
     model = build_model(settings, padded_vocab_size(tokenizer)).to(device)
-    carried = CarriedCache(model) if carry else None
+    load_weights(model, settings)
+    if settings.recompute:
+        recompute_sublayers(model)
+    carried = CarriedCache(model, carry) if carry != 1 else None
     kept = dict(extras(model) if callable(extras) else extras or {})
     state = TrainState(model, build_optimizer(model, settings), batches=windows, extras={**kept, **({"cache": carried} if carried else {})})
-    mine, inspect, amp = rows_of_this_process(rows), dict(inspect or {}), autocast_dtype(settings)
+    mine, inspect, amp = rows_of_this_process(rows, lanes=carry != 1), dict(inspect or {}), autocast_dtype(settings)
 
     def loss_of(network: nn.Module, window: Tensor, read: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         window = window.to(device, non_blocking=True)
@@ -557,12 +641,19 @@ def train_text(
 
     def evaluate(current: TrainState) -> dict[str, float]:
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            total = sum(loss_of(current.model, part, alone).item() * len(part) for part in mine.split(settings.micro_batch))
+            if carried:
+                # As in training, the cache goes on from window to window; each lane is a run of consecutive windows.
+                width = min(settings.micro_batch, len(mine))
+                lanes, read = mine[: len(mine) // width * width].unflatten(0, (width, -1)).unbind(1), CarriedCache(model, carry)
+                losses = [loss_of(current.model, part, read).item() for part in lanes]
+                val_loss = sum(losses) / len(losses)
+            else:
+                val_loss = sum(loss_of(current.model, part, alone).item() * len(part) for part in mine.split(settings.micro_batch)) / len(mine)
             if distributed.rank() == 0:
                 for name, look in inspect.items():
                     for entry in look(current.model, mine[:2, :-1].to(device)):
                         log.log(current.step, name, **entry)
-        return {"val_loss": total / len(mine)}
+        return {"val_loss": val_loss}
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -598,7 +689,7 @@ def inference_speed(model: nn.Module, ids: Tensor, amp: torch.dtype | None = Non
         total.item()
     return 3 * ids.numel() / max(time.monotonic() - started, 1e-9)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #57446a57
+# %% ../../nbs/shared/lm/pretraining.ipynb #be9247c9
 def train_images(settings: Pretraining, folder: str | Path, build_model: Callable[[Pretraining, int], nn.Module], pixels: int, *,
                  build_optimizer: Callable[[nn.Module, Pretraining], torch.optim.Optimizer] = adamw) -> dict:
     """Train a classifier of images; every process of the launch calls this.
@@ -617,6 +708,7 @@ def train_images(settings: Pretraining, folder: str | Path, build_model: Callabl
     device, log = own_device(settings), FolderLog(Path(folder), settings)
     training, held_out = image_rows(settings.dataset)
     model = build_model(settings, class_count(training)).to(device)
+    load_weights(model, settings)
     batches = ImageRows(training, pixels, settings.micro_batch * distributed.world_size(), settings.seed)
     state = TrainState(model, build_optimizer(model, settings), batches=batches)
 
@@ -675,13 +767,15 @@ def benchmark(model: nn.Module, tokenizer, settings: Pretraining, *, shots: tupl
         found[f"{count}shot"] = {**percent, **perplexity, **average}
     return found
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #2f5035e1
+# %% ../../nbs/shared/lm/pretraining.ipynb #de19bac1
 Train = Callable[[Any, Path], dict]
 
 
 def entry_of(function: Train) -> str:
     """"MODULE:FUNCTION" of a function that can be imported. Raises ValueError for one that cannot, such as a lambda."""
     entry = f"{function.__module__}:{function.__qualname__}"
+    if function.__module__ == "__main__":
+        raise ValueError(f"train: expected a function of a module, which another process can import, got {entry}")
     try:
         found = resolve(entry)
     except (ImportError, ValueError):
