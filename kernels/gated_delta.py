@@ -74,9 +74,17 @@ def gated_delta_reference(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K
     out = torch.stack(reads, 1).to(write.dtype) if reads else write * 1
     return out, memory
 
-# %% ../nbs/kernels/gated_delta.ipynb #a8faedd3
-# Measured on a processor; of the Triton kernels, the largest whose tiles stay in registers. The torch path on a GPU wants fewer launches.
-_PREFERRED_BLOCK = {"cpu": 32, "cuda": 64, "triton": 32}
+# %% ../nbs/kernels/gated_delta.ipynb #60f8a5e1
+def _preferred_block(k: Tensor, backend: str) -> int:
+    """Tokens of a block at most."""
+    batch, tokens, heads, width = k.shape
+    if backend == "triton":
+        # The largest whose tiles stay in registers.
+        return 32 if width <= 64 else 16
+    if k.device.type != "cpu":
+        return 64
+    # Short blocks need fewer operations, long ones fewer calls; measured.
+    return 16 if batch * heads >= 16 and tokens > 64 else 32
 
 
 class _Blocks(NamedTuple):
@@ -99,11 +107,14 @@ class _Blocks(NamedTuple):
 
 
 def _cut(tokens: int, chunk_size: int, uses_chunk: bool, preferred: int) -> _Blocks:
+    """Blocks of at most `preferred` tokens, as equal as they can be so that little is padded."""
     if not uses_chunk:
-        return _Blocks(min(max(chunk_size, 16), preferred, max(tokens, 1)), 0, 1)
+        size = min(max(chunk_size, 16), preferred)
+        return _Blocks(-(-tokens // -(-tokens // size)), 0, 1)
     chunk = min(chunk_size, tokens)
     if chunk <= preferred:
-        return _Blocks(chunk * min(preferred // chunk, -(-tokens // chunk)), chunk, 1)
+        chunks, together = -(-tokens // chunk), preferred // chunk
+        return _Blocks(chunk * -(-chunks // -(-chunks // together)), chunk, 1)
     per_chunk = -(-chunk // preferred)
     return _Blocks(-(-chunk // per_chunk), chunk, per_chunk)
 
@@ -203,7 +214,7 @@ def _lanes(k: Tensor, value: int, cu_seqlens: Tensor | None, cut: _Blocks):
         groups += rest
         yield torch.tensor(chosen, device=k.device), groups
 
-# %% ../nbs/kernels/gated_delta.ipynb #901d538d
+# %% ../nbs/kernels/gated_delta.ipynb #acbffb90
 def _unit_inverse(lower: Tensor) -> Tensor:
     """`(I + lower)^-1` of strictly lower triangular matrices [n, S, S]: forward substitution for 16 rows, above that block by block."""
     size = lower.shape[-1]
@@ -261,33 +272,33 @@ class _Decays:
     def __init__(self, log_decay: Tensor | None, rows: int, cut: _Blocks, dtype: torch.dtype, device: torch.device,
                  needs_strict: bool, needs_chunked: bool):
         size, inner = cut.block, cut.chunk if cut.per_chunk == 1 else 0
-        index = torch.arange(size, device=device)
-        chunk_first = index // inner * inner if inner else torch.zeros_like(index)
-        self.chunk_first = chunk_first
-        self.chunked = None
-        later = index[None, :] >= index[:, None]
-        not_before_chunk = index[None, :] >= chunk_first[:, None]
-        needs_chunked = needs_chunked and 0 < inner < size
+        several = needs_chunked and 0 < inner < size
+        if needs_chunked:
+            index = torch.arange(size, device=device)
+            self.chunk_first = index // inner * inner if inner else torch.zeros_like(index)
+        if several:
+            not_before_chunk = index[None, :] >= self.chunk_first[:, None]
+        self.chunked = self.at_chunk = None
         if log_decay is None:
-            self.one = torch.ones((), dtype=dtype, device=device)
-            self.after = self.before = self.at_chunk = self.to_end = self.end = self.step = None
-            self.strict = (~later).to(dtype) if needs_strict else None
-            self.chunked = (~not_before_chunk).to(dtype) if needs_chunked else None
+            self.after = self.before = self.to_end = self.end = self.step = None
+            self.strict = torch.ones(size, size, dtype=dtype, device=device).tril_(-1) if needs_strict else None
+            self.chunked = (~not_before_chunk).to(dtype) if several else None
             return
         # Below this the exponential is 0 in this dtype; it also takes -inf, a memory that is emptied, out of the differences.
         floor = -104.0 if dtype == torch.float32 else -746.0
         self.empties = log_decay < floor
         sums = torch.zeros(rows, size + 1, dtype=torch.float64, device=device)
-        torch.cumsum(log_decay.double().clamp_min(floor), 1, out=sums[:, 1:])
-        exp = lambda tensor: tensor.to(dtype).exp()
-        self.after, self.before = exp(sums[:, 1:, None]), exp(sums[:, :-1, None])
-        self.at_chunk = exp(sums[:, chunk_first, None])
-        self.to_end, self.end = exp(sums[:, -1:, None] - sums[:, 1:, None]), exp(sums[:, -1:, None])
-        self.step = exp(log_decay[..., None].double())
-        pairs = lambda left: (left[:, :, None] - sums[:, None, 1:]).to(dtype)
+        torch.cumsum(log_decay.clamp_min(floor), 1, dtype=torch.float64, out=sums[:, 1:])
+        scales = sums.to(dtype, copy=True).exp_()[..., None]
+        self.after, self.before, self.end = scales[:, 1:], scales[:, :-1], scales[:, -1:]
+        self.to_end = (sums[:, -1:] - sums[:, 1:]).to(dtype).exp()[..., None]
+        self.step = log_decay.exp()[..., None]
+        pairs = lambda left: (left[:, :, None] - sums[:, None, 1:]).to(dtype).exp_()
         # The other triangle is set to 0 after the exponential, which may have been infinite there.
-        self.strict = pairs(sums[:, :-1]).exp_().tril_(-1) if needs_strict else None
-        self.chunked = pairs(sums[:, chunk_first]).exp_().masked_fill_(not_before_chunk, 0) if needs_chunked else None
+        self.strict = pairs(sums[:, :-1]).tril_(-1) if needs_strict else None
+        if needs_chunked:
+            self.at_chunk = scales[:, self.chunk_first]
+            self.chunked = pairs(sums[:, self.chunk_first]).masked_fill_(not_before_chunk, 0) if several else None
 
     def inclusive(self) -> Tensor:
         """`e^{L_t - L_i}` [i <= t]."""
@@ -1163,7 +1174,7 @@ def _refuse_second_derivative(ctx, *grads):
 _forward_op.register_autograd(_gradients, setup_context=_keep_for_backward)
 _backward_op.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
-# %% ../nbs/kernels/gated_delta.ipynb #c304fb71
+# %% ../nbs/kernels/gated_delta.ipynb #551e46e6
 _OFFERED = ("reference", "torch", "triton")
 
 
@@ -1258,7 +1269,8 @@ def gated_delta(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], write:
         raise TypeError("backend: expected float32, bfloat16 or float16 for 'triton', got float64; use backend='torch'")
     if chosen == "triton" and large:
         raise ValueError(f"backend: expected keys of at most {_MOST_WIDTH} channels for 'triton', got {k.shape[3]}; use backend='torch'")
-    if chosen == "reference":
+    # One token, as when text is generated, is one turn of the loop.
+    if chosen == "reference" or (chosen == "torch" and k.shape[1] == 1 and cu_seqlens is None):
         return gated_delta_reference(q, k, write, erase, log_decay, initial_state, chunk_erase=chunk_erase, read=read,
                                      chunk_size=chunk_size, cu_seqlens=cu_seqlens)
     if chunk_size == 1:
@@ -1268,9 +1280,7 @@ def gated_delta(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], write:
     tensors = (q, k, write, erase, log_decay, initial_state, chunk_erase)
     if k.shape[0] * k.shape[1] == 0:
         return _nothing(tensors, cu_seqlens)
-    preferred = _PREFERRED_BLOCK[chosen if chosen == "triton" else "cpu" if k.device.type == "cpu" else "cuda"]
-    preferred = 16 if chosen == "triton" and k.shape[3] > 64 else preferred
-    cut = _cut(k.shape[1], chunk_size, chunk_erase is not None or read == "chunk", preferred)
+    cut = _cut(k.shape[1], chunk_size, chunk_erase is not None or read == "chunk", _preferred_block(k, chosen))
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     out, state, *_ = _forward_op(*tensors, cu_seqlens, read, *cut, keep, chosen)
     return out, state
@@ -1285,7 +1295,7 @@ def _nothing(tensors: tuple, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]
     silent = sum(tensor.sum() for tensor in (q, k, erase, log_decay, chunk_erase) if tensor is not None)
     return write + silent.to(write.dtype), state
 
-# %% ../nbs/kernels/gated_delta.ipynb #90ec3afd
+# %% ../nbs/kernels/gated_delta.ipynb #bdd3d2d6
 _GATES = ("eta", "alpha")
 _GATE_BOUND = 8.0
 
@@ -1514,7 +1524,7 @@ def self_modifying_scan(z: Float[Tensor, "B T H K"], q: Float[Tensor, "B T H K"]
     if chosen == "reference":
         out, state = _self_modifying_loop(turned(z), turned(q), stack, state, both, read)
     else:
-        out, state = _self_modifying_torch(turned(z), turned(q), stack, state, both, read, chosen)
+        out, state = _self_modifying_torch(turned(z), turned(q), stack, state, both, read, backend)
     return out.transpose(1, 2).to(z.dtype), state
 
 # %% ../nbs/kernels/gated_delta.ipynb #5e5f675c
@@ -1562,7 +1572,7 @@ def _make_inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.G
     inputs |= {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
     return {**inputs, "read": case.get("read", "post"), "chunk_size": case["C"]}
 
-# %% ../nbs/kernels/gated_delta.ipynb #bf76450f
+# %% ../nbs/kernels/gated_delta.ipynb #6e1fd4c9
 def _only_gated(chunk_erase, read) -> None:
     from papers10.kernels.common import CaseNotSupported
 
@@ -1634,6 +1644,8 @@ def _peer_fla(name: str):
 
 
 def _peer_titans():
+    from papers10.kernels.common import CaseNotSupported
+
     try:
         from titans_pytorch import NeuralMemory
     except ImportError as problem:
@@ -1642,10 +1654,12 @@ def _peer_titans():
 
     def memory(q, k, write, erase, log_decay, initial_state, *, chunk_erase=None, read="post", chunk_size=64):
         heads, width = k.shape[2:]
+        if write.shape[-1] != width:
+            raise CaseNotSupported("reads as many channels as it is asked with")
         if (heads, width) not in layers:
             layers[heads, width] = NeuralMemory(dim=heads * width, dim_head=width, heads=heads, chunk_size=chunk_size, momentum=False,
                                                 default_model_kwargs={"depth": 1}).to(k)
-        return layers[heads, width](k.flatten(2))[0]
+        return layers[heads, width](k.flatten(2))[0].unflatten(-1, (heads, width)), initial_state * 1
     memory.is_another_function = True
     return memory
 
