@@ -235,9 +235,9 @@ def _forever(draw: Callable[[], tasks.TaskBatch]):
     while True:
         yield draw()
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #894a38d4
-PARITY_RATES = dict.fromkeys(TRACKING_ARMS, 2e-2)
-"""Learning rates, from the sweep over 3e-3, 1e-2, 2e-2, 3e-2 on seed 100."""
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #cf862ef3
+PARITY_RATES = dict.fromkeys(TRACKING_ARMS, 2e-2) | {"self-modifying": 5e-3, "srwm": 5e-3}
+"""Learning rates, from the sweep over 5e-3, 1e-2, 2e-2 on seed 100."""
 
 
 def run_parity(arm: str, seed: int, *, steps: int = 400, lr: float | None = None, batch: int = 128, train_lengths: tuple[int, int] = (2, 40),
