@@ -6,7 +6,7 @@ Docs: https://papers10.github.io/papers10/shared/core/site.html.md"""
 
 # %% auto #0
 __all__ = ['repository', 'project', 'pages', 'notebooks', 'readme', 'settings_ini', 'documents', 'execute', 'unchanged',
-           'process', 'without_docstrings', 'docstring_sections', 'build', 'check', 'serve', 'main']
+           'process', 'without_docstrings', 'docstring_sections', 'check_target', 'build', 'check', 'serve', 'main']
 
 # %% ../../nbs/shared/core/site.ipynb #685ab68c
 import argparse
@@ -678,7 +678,25 @@ def _pandoc(markdown: str) -> str:
     )
     return body
 
-# %% ../../nbs/shared/core/site.ipynb #8c4f7fff
+# %% ../../nbs/shared/core/site.ipynb #3451cbf8
+def check_target(out: Path | str) -> None:
+    """Raise OSError when a site cannot be put into `out`: not a folder, other files in it, or not writable; leaves nothing."""
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: is not a folder")
+    if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
+        raise FileExistsError(f"{out}: has files that are not a site; choose an empty or new folder")
+    # the old site is replaced as a whole, so its parent must be writable too
+    for place in (out, out.parent):
+        while not place.exists():
+            place = place.parent
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise OSError(f"{out}: {place} cannot be written ({error.strerror}); choose another folder") from None
+
+
 def build(out: Path | str = "_docs", *, quarto: str = "auto", workers: int = 2) -> Path:
     """Builds the documentation site.
 
@@ -702,8 +720,7 @@ def build(out: Path | str = "_docs", *, quarto: str = "auto", workers: int = 2) 
     if quarto == "always" and found is None:
         raise FileNotFoundError("quarto: not found on PATH; install Quarto, or build the preview with quarto='never'")
     out = Path(out).resolve()
-    if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
-        raise FileExistsError(f"{out}: has files that are not a site; choose an empty or new folder")
+    check_target(out)
     processed = repository() / "_proc"
     order = process(processed, workers=workers)
     with tempfile.TemporaryDirectory(dir=processed.parent, prefix="_docs-") as scratch:
