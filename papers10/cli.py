@@ -604,7 +604,7 @@ def _report_failure(error: Exception, captured: _Captured) -> int:
     say(f"papers10: {type(error).__name__}: {error}")
     return _CODES.get(type(error).__name__, 1)
 
-# %% ../nbs/shared/core/cli.ipynb #5f215265
+# %% ../nbs/shared/core/cli.ipynb #86bf794f
 Preset = Annotated[Optional[str], typer.Option("--preset", metavar="smoke|small|paper", help="Which set of values; default small.")]
 Assignments = Annotated[Optional[list[str]], typer.Option("-p", "--param", metavar="NAME=VALUE", help="Set a parameter; repeatable.")]
 
@@ -671,6 +671,8 @@ def _show_parameters(slug: str, chosen: dict[str, Any]) -> None:
 
 
 def _conclude(folder: Path, record: bool, strict: bool) -> int:
+    import textwrap
+
     from papers10.core import results
 
     result = results.load(folder)
@@ -681,13 +683,15 @@ def _conclude(folder: Path, record: bool, strict: bool) -> int:
     reasons: dict[str, list[str]] = {}
     for claim in result["claims"]:
         if claim["verdict"] == "not tested":
-            reasons.setdefault(claim["reason"] or "no reason given", []).append(claim["id"])
+            reason = re.sub(r"^metric \S+ was", "a metric was", claim["reason"] or "no reason given")
+            reasons.setdefault(reason, []).append(claim["id"])
     if reasons:
         count = sum(map(len, reasons.values()))
-        print(f"not tested: {count} of {len(result['claims'])} claims; "
-              f"`papers10 results {result['chapter']} --run {folder}` shows each")
+        print(f"not tested: {count} of {len(result['claims'])} claims")
         for reason, ids in reasons.items():
-            print(f"  {len(ids)}: {reason}\n     {', '.join(ids)}")
+            print(f"{len(ids):4}  {reason}")
+            print(textwrap.fill(", ".join(ids), 110, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False))
+        print(f"each in full: papers10 results {result['chapter']} --run {folder}\n")
     for error in result["errors"]:
         say(f"seed {error.get('seed')} failed at {error.get('where')}: {error.get('error')}")
     print(f"run folder: {folder}")
