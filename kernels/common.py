@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# %% ../nbs/kernels/common.ipynb #9491b141
+# %% ../nbs/kernels/common.ipynb #33bf840d
 def check_shape(name: str, tensor: Any, pattern: str, dims: dict[str, int] | None = None) -> dict[str, int]:
     """Binds or compares the letters of a shape.
 
@@ -49,8 +49,8 @@ def check_shape(name: str, tensor: Any, pattern: str, dims: dict[str, int] | Non
     for letter, size in zip(letters, sizes):
         wanted = int(letter) if letter.isdigit() else bound.setdefault(letter, size)
         if wanted != size:
-            known = ", ".join(f"{key}={value}" for key, value in bound.items())
-            raise ValueError(f"{name}: expected shape [{pattern}] with {letter}={wanted} ({known}), got {list(got)}")
+            known = ", ".join(f"{key}={value}" for key, value in {letter: wanted, **bound}.items())
+            raise ValueError(f"{name}: expected shape [{pattern}] with {known}, got {list(got)}")
     return bound
 
 # %% ../nbs/kernels/common.ipynb #ea55833f

@@ -10,7 +10,7 @@ __all__ = ['app', 'Preset', 'Assignments', 'data_app', 'Stop', 'say', 'chapter_r
            'doctor_command', 'bench_command', 'docs_command', 'applications', 'app_command', 'grid', 'sweep_command',
            'main']
 
-# %% ../nbs/shared/core/cli.ipynb #cc312b8a
+# %% ../nbs/shared/core/cli.ipynb #4707bcab
 import json as json_format
 import os
 import re
@@ -65,6 +65,14 @@ class _Group(TyperGroup):
                 raise
             say(f"papers10: {error}")
             raise typer.Exit(code) from None
+
+    def resolve_command(self, ctx, args):
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:  # a usage error, of click or of typer's own copy of it
+            if args and "Did you mean" not in getattr(error, "message", "Did you mean"):
+                error.message += f" There are: {', '.join(self.list_commands(ctx))}."
+            raise
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
@@ -163,7 +171,7 @@ def list_chapters(json: Annotated[bool, typer.Option("--json", help="Print JSON.
                       "record": record or "not run", "extras": extras or "none"})
     _table(shown)
 
-# %% ../nbs/shared/core/cli.ipynb #6b9ed37d
+# %% ../nbs/shared/core/cli.ipynb #f08d945b
 class Plan(NamedTuple):
     """A run that may start: everything in it has been checked."""
 
@@ -211,6 +219,39 @@ def _check_device(device: str | None) -> None:
         raise Stop(f"device {device} was asked for; torch {torch.__version__} sees {count} of them here", 5)
 
 
+def _check_backend(parameters: dict[str, Any]) -> None:
+    """Refuse a `backend` that cannot run here: 3 where its package is missing, 5 where the machine or device is wrong."""
+    wanted = parameters.get("backend")
+    if wanted not in ("triton", "numba"):
+        return
+    from papers10.core.optional import have
+    from papers10.core.settings import settings
+
+    device = parameters.get("device", "auto")
+    device = (settings().device or "auto") if device == "auto" else device
+    if wanted == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("1", "true", "True"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Stop("backend triton needs a CUDA device, and torch sees none here; take backend=auto, or set TRITON_INTERPRET=1 "
+                       "to run the kernels slowly on a processor", 5)
+        if device not in ("auto", "cuda") and not device.startswith("cuda:"):
+            raise Stop(f"backend triton needs a CUDA device, and this run is on {device}; add --device cuda", 5)
+    if not have(wanted):
+        raise Stop(f"backend {wanted} needs a package that is missing: pip install 'papers10[{'gpu' if wanted == 'triton' else 'fast'}]'", 3)
+    if wanted == "numba" and device.startswith("cuda"):
+        raise Stop(f"backend numba runs on the processor, and this run is on {device}; add --device cpu or take backend=auto", 5)
+
+
+def _check_paths(chapter, parameters: dict[str, Any]) -> None:
+    """Refuse a parameter that is plainly a path (`/`, `./`, `../`, `~` in front) to something that is not there."""
+    for name, value in parameters.items():
+        if name == "out_dir" or chapter.parameters[name].type.rstrip("?") != "str" or not isinstance(value, str):
+            continue
+        if value.startswith(("/", "./", "../", "~")) and not Path(value).expanduser().exists():
+            raise Stop(f"{name}: expected a file or folder that is there, got {value}")
+
+
 def _check_needs(chapter, preset: str, parameters: dict[str, Any]) -> None:
     from papers10.core import presets
 
@@ -255,6 +296,9 @@ def plan_run(slug: str, *, preset: str | None = None, assignments: list[str] = (
         root = runs.runs_root(given.get("out_dir"))
         folder = _folder_to_resume(slug, preset, root, resume)
         state = runs.read_state(folder)
+        if preset is not None and preset != state["preset"]:
+            raise Stop(f"--preset {preset}: the run {folder.name} began with preset {state['preset']}; "
+                       "resume without it or start a new run")
         preset = state["preset"]
         runs.check_same_parameters(state["parameters"], given, folder.name)
         parameters = chapter.resolve(preset, {**{k: v for k, v in state["parameters"].items() if k != "preset"}, **given})
@@ -265,8 +309,10 @@ def plan_run(slug: str, *, preset: str | None = None, assignments: list[str] = (
         parameters = chapter.resolve(preset, given)
         root = runs.runs_root(parameters.get("out_dir"))
         runs.check_writable(root / slug)
-    _check_needs(chapter, preset, parameters)
     _check_device(parameters.get("device"))
+    _check_backend(parameters)
+    _check_needs(chapter, preset, parameters)
+    _check_paths(chapter, parameters)
     return Plan(slug, preset, parameters, notebook, root, folder)
 
 
@@ -406,9 +452,10 @@ class _Display:
 def _values(bar: dict) -> str:
     return " ".join(f"{key} {value}" for key, value in bar["values"].items())
 
-# %% ../nbs/shared/core/cli.ipynb #f7dc7b66
+# %% ../nbs/shared/core/cli.ipynb #c1edb809
 def execute(plan: Plan, timeout: float | None = None) -> tuple[int, Path | None]:
     """Run a plan: the exit code, and the run folder (None when there is none). Progress and errors go to stderr."""
+    import logging
     import signal
     import tempfile
     import threading
@@ -429,6 +476,10 @@ def execute(plan: Plan, timeout: float | None = None) -> tuple[int, Path | None]
         os.kill(os.getpid(), signal.SIGINT)
 
     def interrupt(*_: Any) -> None:
+        # the kernel first and without a word: asked to stop in the middle of a cell it prints tracebacks of its own
+        logging.disable(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+        _end_kernel(folder)
         raise KeyboardInterrupt
 
     again = f"papers10 run {plan.slug} --resume {folder.name}"
@@ -451,16 +502,19 @@ def execute(plan: Plan, timeout: float | None = None) -> tuple[int, Path | None]
                 _papermill(plan, writer, captured)
     except KeyboardInterrupt:
         _end_kernel(folder)
+        _mark(folder, "stopped" if timed_out.is_set() else "interrupted")
         say(f"{'time is over' if timed_out.is_set() else 'interrupted'}; what was computed is kept. Go on with: {again}")
         return (1 if timed_out.is_set() else 130), folder
     except Exception as error:
         code = _report_failure(error, captured)
+        _mark(folder, "failed")
         say(f"run folder: {folder}")
         if writer.problem:
             say(f"reproduce.ipynb could not be saved: {writer.problem}")
         say(f"go on with: {again}")
         return code, folder
     finally:
+        logging.disable(logging.NOTSET)
         if timer:
             timer.cancel()
         for number, handler in before.items():
@@ -519,6 +573,19 @@ def _end_kernel(folder: Path) -> None:
                 pass
 
 
+def _mark(folder: Path, status: str) -> None:
+    """Say in state.json how a run without a result ended."""
+    from papers10.core import runs
+
+    state = runs.read_state(folder)
+    if state is None or (folder / "result.json").exists():
+        return
+    try:
+        runs.write_atomic(folder / "state.json", json_format.dumps({**state, "status": status}, indent=1))
+    except OSError:
+        pass
+
+
 def _report_failure(error: Exception, captured: _Captured) -> int:
     rescued = captured.rescued()
     if rescued is not None:
@@ -537,7 +604,7 @@ def _report_failure(error: Exception, captured: _Captured) -> int:
     say(f"papers10: {type(error).__name__}: {error}")
     return _CODES.get(type(error).__name__, 1)
 
-# %% ../nbs/shared/core/cli.ipynb #34784525
+# %% ../nbs/shared/core/cli.ipynb #86bf794f
 Preset = Annotated[Optional[str], typer.Option("--preset", metavar="smoke|small|paper", help="Which set of values; default small.")]
 Assignments = Annotated[Optional[list[str]], typer.Option("-p", "--param", metavar="NAME=VALUE", help="Set a parameter; repeatable.")]
 
@@ -604,13 +671,27 @@ def _show_parameters(slug: str, chosen: dict[str, Any]) -> None:
 
 
 def _conclude(folder: Path, record: bool, strict: bool) -> int:
+    import textwrap
+
     from papers10.core import results
 
     result = results.load(folder)
-    rows = []
+    rows = [{"claim": claim["id"], "measured": results._terms(claim), "verdict": claim["verdict"]}
+            for claim in result["claims"] if claim["verdict"] != "not tested"]
+    if rows:
+        _table(rows)
+    reasons: dict[str, list[str]] = {}
     for claim in result["claims"]:
-        rows.append({"claim": claim["id"], "measured": results._terms(claim), "verdict": claim["verdict"]})
-    _table(rows)
+        if claim["verdict"] == "not tested":
+            reason = re.sub(r"^metric \S+ was", "a metric was", claim["reason"] or "no reason given")
+            reasons.setdefault(reason, []).append(claim["id"])
+    if reasons:
+        count = sum(map(len, reasons.values()))
+        print(f"not tested: {count} of {len(result['claims'])} claims")
+        for reason, ids in reasons.items():
+            print(f"{len(ids):4}  {reason}")
+            print(textwrap.fill(", ".join(ids), 110, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False))
+        print(f"each in full: papers10 results {result['chapter']} --run {folder}\n")
     for error in result["errors"]:
         say(f"seed {error.get('seed')} failed at {error.get('where')}: {error.get('error')}")
     print(f"run folder: {folder}")
@@ -618,6 +699,10 @@ def _conclude(folder: Path, record: bool, strict: bool) -> int:
     if record:
         path = results.record(result)
         print(f"recorded:   {path}")
+    if result["errors"]:
+        failed = list(dict.fromkeys(f"{error.get('where')} (seed {error.get('seed')})" for error in result["errors"]))
+        say(f"papers10: {len(failed)} failed: {', '.join(failed)}; the result is written without them")
+        return 1
     if strict and any(claim["verdict"] == "not held" for claim in result["claims"]):
         return 4
     return 0
@@ -709,7 +794,7 @@ def notebooks_command(
             raise Stop(f"{place} cannot be written: {error.strerror}") from None
         print(place)
 
-# %% ../nbs/shared/core/cli.ipynb #96038f33
+# %% ../nbs/shared/core/cli.ipynb #6e608a12
 data_app = typer.Typer(cls=_Group, no_args_is_help=True, help="Data sources: what there is, get it, check it.")
 app.add_typer(data_app, name="data")
 
@@ -756,9 +841,12 @@ def data_verify(name: Annotated[Optional[str], typer.Argument(help="A source; de
     names = [name] if name else [item.name for item in data.sources() if data.available(item.name)]
     for one in names:
         _known_source(one)
-        for check in data.verify(one):
-            print(one, *check)
-        print(f"{one}: as it should be")
+        checks = data.verify(one)
+        for check in checks:
+            print(one, check.path, check.sha256, "as expected" if check.expected else "no checksum to compare with")
+        compared = sum(check.expected is not None for check in checks)
+        print(f"{one}: {compared} of {len(checks)} files compared, as they should be" if compared
+              else f"{one}: here; nothing was compared, because no checksum is known")
 
 
 def _known_source(name: str) -> None:
@@ -769,7 +857,7 @@ def _known_source(name: str) -> None:
     except data.DataMissing as error:
         raise Stop(str(error)) from None
 
-# %% ../nbs/shared/core/cli.ipynb #4e2096be
+# %% ../nbs/shared/core/cli.ipynb #aa575cff
 @app.command("doctor")
 def doctor_command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What works on this machine, and what to type for the rest."""
@@ -808,6 +896,10 @@ def docs_command(
 
     if out.exists() and not out.is_dir():
         raise Stop(f"--out: {out} is not a folder")
+    try:
+        site.check_target(out)
+    except OSError as error:
+        raise Stop(f"--out: {error}") from None
     try:
         path = site.build(out)
     except (OSError, RuntimeError) as error:
@@ -867,7 +959,7 @@ def app_command(
     code = importlib.import_module(f"papers10.{slug.replace('-', '_')}.app").main([action, *context.args])
     raise typer.Exit(int(code or 0))
 
-# %% ../nbs/shared/core/cli.ipynb #46086415
+# %% ../nbs/shared/core/cli.ipynb #f7b5ddec
 def grid(chapter, assignments: list[str]) -> list[dict[str, str]]:
     """Every combination of `NAME=[a,b]` as name -> text, each value checked. Raises `ConfigError`, Stop."""
     import itertools
@@ -894,8 +986,10 @@ def grid(chapter, assignments: list[str]) -> list[dict[str, str]]:
                 several = [item if isinstance(item, str) else json_format.dumps(item) for item in items]
         if not several:
             raise Stop(f"-p {name}: expected at least one value, got {value}")
-        for item in several:
-            presets.parse_assignment(f"{name}={item}", chapter)
+        values = [presets.parse_assignment(f"{name}={item}", chapter)[1] for item in several]
+        twice = next((item for index, item in enumerate(several) if values[index] in values[:index]), None)
+        if twice is not None:
+            raise Stop(f"-p {name}: expected each value once, got {twice} twice in {value}")
         axes[name] = several
     return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
 
@@ -995,7 +1089,7 @@ def sweep_command(
     for index, (code, folder, words) in finished:
         row: dict[str, Any] = dict(points[index])
         row["exit"] = code
-        if code in (0, 4) and folder:
+        if folder and (Path(folder) / "result.json").exists():
             result = results.load(folder)
             for verdict in ("held", "not held", "not tested"):
                 row[f"claims {verdict}"] = sum(c["verdict"] == verdict for c in result["claims"])
@@ -1006,7 +1100,7 @@ def sweep_command(
     _table(rows, title=f"{slug} sweep")
     raise typer.Exit(int(any(row["exit"] for row in rows)))
 
-# %% ../nbs/shared/core/cli.ipynb #5f54daa2
+# %% ../nbs/shared/core/cli.ipynb #9736fe32
 def _settle_resume(arguments: list[str]) -> list[str]:
     settled, index = [], 0
     while index < len(arguments):
@@ -1014,6 +1108,9 @@ def _settle_resume(arguments: list[str]) -> list[str]:
         if word == "--resume":
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
             names_run = re.match(r"^\d{8}-\d{6}-", Path(following).name) or (os.sep in following and Path(following).is_dir())
+            if following and not following.startswith("-") and not names_run:
+                # beside a chapter, a word that is none can only mean a run
+                names_run = _is_chapter(arguments[1:index] + arguments[index + 2:]) and not _is_chapter([following])
             if following and names_run:
                 settled.append(f"--resume={following}")
                 index += 2
@@ -1023,6 +1120,12 @@ def _settle_resume(arguments: list[str]) -> list[str]:
             settled.append(word)
         index += 1
     return settled
+
+
+def _is_chapter(words: list[str]) -> bool:
+    from papers10.core import presets
+
+    return bool({word.replace("_", "-") for word in words} & set(presets.chapters()))
 
 
 def main(arguments: list[str] | None = None) -> None:

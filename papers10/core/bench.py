@@ -294,7 +294,7 @@ def slopes(records: list[dict]) -> dict[tuple[str, str], float]:
             found[key] = sum((x - centre_x) * (y - centre_y) for x, y in pairs) / spread
     return found
 
-# %% ../../nbs/shared/core/bench.ipynb #41f1bf8f
+# %% ../../nbs/shared/core/bench.ipynb #e2ad612b
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -395,7 +395,7 @@ def main(names: Sequence[str] = (), device: str | None = None, dtype: str | None
     try:
         records = run(names, device, dtype, case, quick)
     except ValueError as problem:
-        print(problem, file=sys.stderr)
+        print(f"papers10: {problem}", file=sys.stderr)
         return 2
     if json:
         print(json_format.dumps(records, indent=1))

@@ -334,7 +334,7 @@ def compare(a: Mapping[str, Any] | str | Path, b: Mapping[str, Any] | str | Path
         rows.append(row)
     return Table(rows)
 
-# %% ../../nbs/shared/core/results.ipynb #927695f8
+# %% ../../nbs/shared/core/results.ipynb #5d10bd5a
 def claims_table(slug: str, result: Mapping[str, Any] | None = None) -> Table:
     """The claims of a chapter: claim, paper, ours (mean and 95% interval), verdict.
 
@@ -360,8 +360,9 @@ def _paper_numbers(claim: claims_module.Claim) -> str:
     for entry in claim.paper:
         versus = ""
         if entry.baseline is not None:
-            versus = f" against {entry.baseline}" + (f" ({entry.baseline_name})" if entry.baseline_name else "")
-        lines.append(f"{entry.setting}: {entry.value}{versus}{' ' + entry.unit if entry.unit else ''}")
+            versus = f" against {entry.baseline}"
+        name = f" ({entry.baseline_name})" if entry.baseline is not None and entry.baseline_name else ""
+        lines.append(f"{entry.setting}: {entry.value}{versus}{' ' + entry.unit if entry.unit else ''}{name}")
     return "\n".join(lines) or "no number printed"
 
 

@@ -40,7 +40,7 @@ from .results import Result, write_atomic
 FREE_BYTES_NEEDED = 100_000_000
 _MAY_CHANGE = ("resume", "out_dir", "max_seconds", "wandb", "wandb_project")
 
-# %% ../../nbs/shared/core/runs.ipynb #7eea9ea0
+# %% ../../nbs/shared/core/runs.ipynb #1fac1c55
 class RunFolderError(OSError):
     """The folder for runs cannot be used: not writable, no room, or another process is writing this run."""
 
@@ -70,7 +70,8 @@ def check_writable(root: Path) -> None:
         raise RunFolderError(f"runs cannot be kept in {root}: {error.strerror}; choose another with --out") from None
     if free < FREE_BYTES_NEEDED:
         raise RunFolderError(
-            f"runs cannot be kept in {root}: {free / 1e6:.0f} MB are free, {FREE_BYTES_NEEDED / 1e6:.0f} MB are needed"
+            f"runs cannot be kept in {root}: {free / 1e6:.0f} MB are free, {FREE_BYTES_NEEDED / 1e6:.0f} MB are needed; "
+            "choose another with --out"
         )
 
 

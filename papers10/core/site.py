@@ -6,7 +6,7 @@ Docs: https://papers10.github.io/papers10/shared/core/site.html.md"""
 
 # %% auto #0
 __all__ = ['repository', 'project', 'pages', 'notebooks', 'readme', 'settings_ini', 'documents', 'execute', 'unchanged',
-           'process', 'without_docstrings', 'docstring_sections', 'build', 'check', 'serve', 'main']
+           'process', 'without_docstrings', 'docstring_sections', 'check_target', 'build', 'check', 'serve', 'main']
 
 # %% ../../nbs/shared/core/site.ipynb #685ab68c
 import argparse
@@ -322,7 +322,7 @@ def _fingerprints(root: Path) -> dict[str, str]:
     files = [*notebooks(root / "nbs"), *(root / "papers10").rglob("*.py"), *(root / "kernels").glob("*.py")]
     return {os.path.relpath(path, root): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-# %% ../../nbs/shared/core/site.ipynb #a5911369
+# %% ../../nbs/shared/core/site.ipynb #f49fc14c
 def process(out: Path, *, workers: int = 2) -> list[Path]:
     """Turns the notebooks into pages as nbdev does, with sources shown, in `out`.
 
@@ -422,7 +422,7 @@ def _page_filter(page: Path):
             if cell.cell_type != "code" or not re.search(r"^show_doc\(", cell.source, re.MULTILINE):
                 return
             call = _options(cell.source)[1].strip()
-            entry = _reference(call, self.names)
+            entry = _with_line(_reference(call, self.names), call, root)
             entry = re.sub(r"(?<=[:\[ >|])(?:jaxtyping|typing|collections\.abc|pathlib)\.(?=[A-Z])", "", entry)
             if re.search(r"```python\ndef [A-Z]", entry):
                 entry = entry.replace("```python\ndef ", "```python\nclass ", 1).replace(")->None:", "):", 1)
@@ -492,6 +492,30 @@ def _reference(call: str, names: dict) -> str:
                 names[error.name] = importlib.import_module(error.name)
             except ImportError:
                 names[error.name] = type(error.name, (), {})
+
+
+def _with_line(entry: str, call: str, root: Path) -> str:
+    """The entry with `#LNone`, where nbdev found no line in the module, replaced by the line of the definition."""
+    found = re.search(r"/blob/[^/]+/([\w/]+\.py)#LNone", entry)
+    name = re.match(r"show_doc\(([\w.]+)", call)
+    if found is None:
+        return entry
+    line = None
+    if name and (root / found[1]).is_file():
+        nodes = ast.parse((root / found[1]).read_text()).body
+        for part in name[1].split("."):
+            node = next((node for node in nodes if part in _defined(node)), None)
+            if node is None:
+                break
+            line, nodes = node.lineno, getattr(node, "body", [])
+    return entry.replace("#LNone", f"#L{line}" if line else "")
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 _SECTIONS = ("Args", "Arguments", "Attributes", "Fields", "Forward", "Returns", "Yields", "Raises", "Source", "Sources", "Example", "Note")
@@ -678,7 +702,25 @@ def _pandoc(markdown: str) -> str:
     )
     return body
 
-# %% ../../nbs/shared/core/site.ipynb #8c4f7fff
+# %% ../../nbs/shared/core/site.ipynb #99df9f62
+def check_target(out: Path | str) -> None:
+    """Raise OSError when a site cannot be put into `out`: not a folder, other files in it, or not writable; leaves nothing."""
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: is not a folder")
+    if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
+        raise FileExistsError(f"{out}: has files that are not a site; choose an empty or new folder")
+    # the old site is replaced as a whole, so its parent must be writable too
+    for place in (out, out.parent):
+        while not place.exists():
+            place = place.parent
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise OSError(f"{out}: {place} cannot be written ({error.strerror}); choose another folder") from None
+
+
 def build(out: Path | str = "_docs", *, quarto: str = "auto", workers: int = 2) -> Path:
     """Builds the documentation site.
 
@@ -702,8 +744,7 @@ def build(out: Path | str = "_docs", *, quarto: str = "auto", workers: int = 2) 
     if quarto == "always" and found is None:
         raise FileNotFoundError("quarto: not found on PATH; install Quarto, or build the preview with quarto='never'")
     out = Path(out).resolve()
-    if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
-        raise FileExistsError(f"{out}: has files that are not a site; choose an empty or new folder")
+    check_target(out)
     processed = repository() / "_proc"
     order = process(processed, workers=workers)
     with tempfile.TemporaryDirectory(dir=processed.parent, prefix="_docs-") as scratch:
@@ -773,6 +814,8 @@ def _build_preview(processed: Path, order: Sequence[Path], made: Path) -> None:
     for name, soup in soups.items():
         page = rendered[name]
         _finish(soup, name, address, documentation)
+        _link_targets(soup, name, address, anchors)
+        _widen_columns(soup)
         _drop_missing_anchors(soup, address[name], anchors)
         page["contents"] = [
             (int(tag.name[1]), tag["id"], _readable(tag).removesuffix("#").strip())
@@ -832,6 +875,48 @@ def _finish(soup, name: str, address: dict[str, str], documentation: str) -> Non
     for tag in soup.find_all("a", class_="anchor"):
         if tag.parent and tag.parent.name in ("h1", "h2", "h3", "h4"):
             tag.parent["class"] = "heading"
+
+
+def _link_targets(soup, name: str, address: dict[str, str], anchors: dict[str, set[str]]) -> None:
+    """Cells that say where something is shown (`tests/FILE.py::TEST`, `NOTEBOOK#HEADING`) become links."""
+    data, root = project(), repository()
+    base = f"{data['project']['urls']['Repository']}/blob/{data['tool']['nbdev']['branch']}"
+    for cell in soup.find_all("td"):
+        for string in cell.find_all(string=True, recursive=False):
+            text, href = str(string).strip(), None
+            if match := re.fullmatch(r"(tests/[\w/]+\.py)::\S+", text):
+                href = f"{base}/{match[1]}" if (root / match[1]).is_file() else None
+            elif match := re.fullmatch(r"([\w/]+)#(.+)", text):
+                beside = (PurePosixPath(name).parent / f"{match[1]}.ipynb").as_posix()
+                target = address.get(beside) or address.get(f"{match[1]}.ipynb")
+                anchor = next((one for one in anchors.get(target, ()) if _words(one) == _words(match[2])), None)
+                href = target and anchor and f"{os.path.relpath(target, PurePosixPath(address[name]).parent)}#{anchor}"
+            if href:
+                link = soup.new_tag("a", href=href)
+                link.string = text
+                string.replace_with(link)
+
+
+def _words(heading: str) -> str:
+    return re.sub(r"\W+", "-", heading.lower()).strip("-")
+
+
+def _widen_columns(soup) -> None:
+    """Columns of text get room for a few words a line, beside columns of names that cannot be broken."""
+    for table in soup.find_all("table"):
+        rows = [row.find_all("td", recursive=False) for row in table.find_all("tr")]
+        for column in range(max(map(len, rows), default=0)):
+            cells = [row[column] for row in rows if column < len(row) and row[column].find("math") is None]
+            lines = [line.strip() for cell in cells for line in cell.get_text("\n").splitlines()]
+            longest = max(map(len, lines), default=0)
+            for cell in cells:
+                style = [cell["style"].rstrip(";")] if cell.get("style") else []
+                if longest > 14:
+                    style.append(f"min-width:{min(13.0, longest * 0.45):.3g}em")
+                if any(len(word) > 30 for word in cell.get_text(" ").split()):
+                    style.append("overflow-wrap:anywhere")
+                if style:
+                    cell["style"] = ";".join(style)
 
 
 def _drop_missing_anchors(soup, here: str, anchors: dict[str, set[str]]) -> None:

@@ -12,13 +12,13 @@ __all__ = ['delta_update', 'delta_operator', 'delta_spectrum', 'apply_operator',
            'convert_additive_checkpoint', 'convert_released_checkpoint', 'from_additive', 'flops_per_token',
            'iso_flop_steps', 'gate_report', 'discrepancy_audit', 'regime_shares', 'shortcut_product', 'recording',
            'DeltaResNet', 'DeltaConvBlock', 'ResidualMLP', 'run_parity', 'run_text', 'run_digits', 'run_depth',
-           'residual_traffic', 'bench_specs']
+           'run_oscillation', 'residual_traffic', 'bench_specs']
 
 # %% ../../nbs/04_deep_delta_learning/api.ipynb #b61f8c09
 import importlib
 from typing import Any
 
-# %% ../../nbs/04_deep_delta_learning/api.ipynb #2d7b39c1
+# %% ../../nbs/04_deep_delta_learning/api.ipynb #95bf1d8b
 _HOME = {
     "operator": ("delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections"),
     "residual": ("DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update"),
@@ -27,7 +27,7 @@ _HOME = {
               "convert_additive_checkpoint", "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps"),
     "inspection": ("gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording"),
     "vision": ("DeltaResNet", "DeltaConvBlock", "ResidualMLP"),
-    "experiments": ("run_parity", "run_text", "run_digits", "run_depth"),
+    "experiments": ("run_parity", "run_text", "run_digits", "run_depth", "run_oscillation"),
     "benchmarks": ("residual_traffic", "bench_specs"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
@@ -35,7 +35,7 @@ _all_ = ["delta_update", "delta_operator", "delta_spectrum", "apply_operator", "
          "DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update", "EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection",
          "DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream", "convert_additive_checkpoint",
          "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps", "gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording",
-         "DeltaResNet", "DeltaConvBlock", "ResidualMLP", "run_parity", "run_text", "run_digits", "run_depth", "residual_traffic", "bench_specs"]
+         "DeltaResNet", "DeltaConvBlock", "ResidualMLP", "run_parity", "run_text", "run_digits", "run_depth", "run_oscillation", "residual_traffic", "bench_specs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from .residual import DeltaResidual
 from ..kernels.common import CaseNotSupported, Hardware, KernelSpec
 from ..kernels.delta_update import delta_update_bytes, delta_update_reference
 
-# %% ../../nbs/04_deep_delta_learning/09_cost.ipynb #58687e36
+# %% ../../nbs/04_deep_delta_learning/09_cost.ipynb #295549a7
 def _sublayer_entries(config: DDLConfig) -> dict[str, int]:
     """Entries per token of one sublayer's residual: forward, backward, added gradients, kept beyond the additive model."""
     d, n, rule = config.hidden_size, config.d_v, config.rule
@@ -60,7 +60,7 @@ def residual_traffic(config: DDLConfig, *, element_size: int = 2) -> dict[str, i
     Raises:
         ValueError: element_size below 1.
 
-    Source: derived above; the update's part is section 8 of our specification.
+    Source: derived above from the equations of the update and of its parts.
     """
     check_range("element_size", element_size, 1)
     d, n = config.hidden_size, config.d_v

@@ -57,7 +57,7 @@ def _check_input(x: Tensor, pattern: str, dims: dict[str, int]) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating tensor, got dtype {x.dtype}")
 
-# %% ../../nbs/04_deep_delta_learning/03_expanded_state.ipynb #db71a521
+# %% ../../nbs/04_deep_delta_learning/03_expanded_state.ipynb #6d5c9083
 class EmbedExpand(nn.Module):
     """Input expansion: one causal depthwise filter over time per feature and value channel.
 
@@ -82,7 +82,7 @@ class EmbedExpand(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity: last tap one, the others zero."""
+        """The repetition: last tap one, the others zero."""
         with torch.no_grad():
             self.weight.zero_()
             self.weight[..., -1] = 1.0

@@ -114,7 +114,7 @@ class DepthCounter(nn.Module):
                     x = delta_update(x, k[sublayer, :, layer], v[sublayer, :, layer], beta[sublayer, :, layer])
         return self.readout(x)
 
-# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #63fa0bcd
+# %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #b0ab6b18
 def run_parity(arm: str, seed: int, *, steps: int = 800, train_depth: int = 16, test_depths: Sequence[int] = (16, 64, 256), batch: int = 128,
                lr: float = 1e-2, test_size: int = 512) -> dict:
     """Train a `DepthCounter` on random depths and test it at given depths.
@@ -131,7 +131,7 @@ def run_parity(arm: str, seed: int, *, steps: int = 800, train_depth: int = 16, 
     Raises:
         ValueError: unknown arm, a depth below 1.
 
-    Source: spec of the experiment in section "Parity over depth".
+    Source: the experiment described under "Parity over depth" on this page; our design, the paper has none.
     """
     from papers10.lm.tasks import depth_parity
 

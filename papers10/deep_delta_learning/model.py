@@ -590,7 +590,7 @@ def convert_released_checkpoint(state_dict: Mapping[str, Tensor], config: DDLCon
         result[name] = residual[name].detach().clone().reshape(shape)
     return result
 
-# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #f4ec4e29
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #397cae98
 def residual_flops(config: DDLConfig) -> float:
     """Forward operations per token that the residual stream adds to the additive model (a plain sum counts as nothing).
 
@@ -600,7 +600,7 @@ def residual_flops(config: DDLConfig) -> float:
     Returns:
         Operations per token, multiply-add counted as two.
 
-    Source: section 8 of our specification, from the equations.
+    Source: counted from the equations of the update and of its parts; derived in the chapter's page on cost.
     """
     d, n, sublayers = config.hidden_size, config.d_v, 2 * config.num_layers
     if config.rule == "hc":

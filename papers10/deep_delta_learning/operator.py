@@ -117,7 +117,7 @@ def delta_spectrum(k: Float[Tensor, "*batch d"], beta: Tensor | float, n: int = 
         "condition_number": largest / smallest,
     }
 
-# %% ../../nbs/04_deep_delta_learning/01_operator.ipynb #04d22e19
+# %% ../../nbs/04_deep_delta_learning/01_operator.ipynb #26645fc0
 def apply_operator(x: Tensor, k: Float[Tensor, "*batch d"], beta: Tensor | float, eps: float = 0.0) -> Tensor:
     """Shortcut alone, (I - beta k k^T) x, in O(d n) per token.
 
@@ -146,15 +146,20 @@ def apply_inverse(x: Tensor, k: Float[Tensor, "*batch d"], beta: Tensor | float,
         x, k, beta, eps: as in `apply_operator`.
 
     Returns:
-        Like x; infinite where the gate is an exact overwrite, which cannot be undone.
+        Like x.
 
     Raises:
         TypeError, ValueError: as in `apply_operator`.
+        ValueError: somewhere beta |k|^2 is 1 to rounding, an exact overwrite, which cannot be undone.
     """
     _floating("x", x)
     unit = unit_direction(k, eps)
     gate = _gate_like(beta, k)
-    return _rank_one(x, unit, gate / (1 - gate * unit.square().sum(-1)))
+    eigenvalue = 1 - gate * unit.square().sum(-1)
+    lost = eigenvalue.abs() <= 4 * torch.finfo(k.dtype).eps
+    if bool(lost.any()):
+        raise ValueError(f"beta: expected a gate away from 1, where the shortcut is a projection and has no inverse, got an exact overwrite for {int(lost.sum())} of {lost.numel()} tokens")
+    return _rank_one(x, unit, gate / eigenvalue)
 
 
 def _rank_one(x: Tensor, unit: Tensor, coefficient: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/04_deep_delta_learning/residual.html.m
 __all__ = ['GATES', 'ACTIVATIONS', 'PRESETS', 'RULES', 'gate_bias', 'gate_value', 'DeltaGate', 'DirectionHead', 'TargetHead',
            'write_update', 'DeltaStats', 'measure_update', 'DeltaResidual']
 
-# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #291f783c
+# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #f90060ab
 import math
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.checks import NonFiniteError, check_choice, check_range
-from ..kernels.common import check_shape
+from ..kernels.common import KERNELS, check_shape
 from ..kernels.delta_update import delta_update
 
 # %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #4cbf432b
@@ -307,7 +307,7 @@ def measure_update(x: Tensor, k: Tensor, v: Tensor | None, beta: Tensor | None, 
     target = v.detach().to(dtype)
     return DeltaStats(k_norm, beta.detach().to(dtype), before, target, before - target, after - target, state_norm)
 
-# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #23df0f3f
+# %% ../../nbs/04_deep_delta_learning/02_residual.ipynb #988c384c
 class DeltaResidual(nn.Module):
     """Residual connection with an erase-and-write along one direction per token: x' = x + beta k (v - k^T x).
 
@@ -334,7 +334,8 @@ class DeltaResidual(nn.Module):
         v_source="state". Returns x' like x, and `DeltaStats` when return_stats=True.
 
     Raises:
-        TypeError: x is not floating. ValueError: shapes or arguments are wrong. NonFiniteError: see check_finite.
+        TypeError: a tensor is not floating, or a learned head would read a tensor of another dtype than its weights without autocast.
+        ValueError: shapes or arguments are wrong; the words for `backend` and `save` are checked when the layer is made. NonFiniteError: see check_finite.
 
     Source: equations 2.1 to 2.4 and appendix A of the paper; presets, gates and rules as described above.
     """
@@ -350,6 +351,8 @@ class DeltaResidual(nn.Module):
         check_choice("mapping", mapping, ("k", "v"))
         check_choice("rule", rule, RULES)
         check_range("k_eps", k_eps, 0.0)
+        check_choice("backend", backend, ("auto", *KERNELS["delta_update"].backends))
+        check_choice("save", save, KERNELS["delta_update"].options["save"])
         default_activation = "none" if mapping == "v" else PRESETS[preset]["v_activation"]
         self.d, self.n, self.mapping, self.rule = d, n, mapping, rule
         self.v_source = check_choice("v_source", v_source or PRESETS[preset]["v_source"], ("state", "context"))
@@ -404,8 +407,18 @@ class DeltaResidual(nn.Module):
         if needs_input and x_in is None:
             raise ValueError("x_in: expected the compressed state [..., d], which the target reads when n > 1 and v_source='state', got None")
         for name, tensor in (("h", h), ("context", context), ("x_in", x_in)):
-            if tensor is not None and tensor.shape != token:
+            if tensor is None and name == "x_in":
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__}")
+            if tensor.shape != token:
                 raise ValueError(f"{name}: expected shape {list(token)} for x of shape {list(x.shape)}, got {list(tensor.shape)}")
+        if self.rule != "add":
+            if self.mapping == "v":
+                _check_dtype("context", context, self.direction.down.weight)
+            if self.target.constant is None:
+                state = ("x", x) if self.n == 1 else ("x_in", x_in)
+                _check_dtype(*(("h", h) if self.mapping == "v" else ("context", context) if self.v_source == "context" else state), self.target.linear.weight)
         if self.check_finite:
             for name, tensor in (("x", x), ("h", h), ("context", context), ("x_in", x_in)):
                 if tensor is not None:
@@ -414,6 +427,15 @@ class DeltaResidual(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and rule."""
         return f"d={self.d}, n={self.n}, rule={self.rule!r}, mapping={self.mapping!r}, v_source={self.v_source!r}"
+
+
+def _check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.dtype == weight.dtype:
+        return
+    # Autocast converts every pair but float64.
+    if torch.is_autocast_enabled(tensor.device.type) and torch.float64 not in (tensor.dtype, weight.dtype):
+        return
+    raise TypeError(f"{name}: expected {weight.dtype}, the dtype of the layer's weights, got {tensor.dtype}; convert the layer or the tensor, or use torch.autocast")
 
 
 def _raise_non_finite(name: str, tensor: Tensor) -> None:

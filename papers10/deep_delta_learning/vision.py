@@ -21,7 +21,7 @@ from .residual import DeltaGate, DeltaResidual, RULES, TargetHead, measure_updat
 from ..kernels.common import check_shape
 from ..kernels.delta_update import delta_update
 
-# %% ../../nbs/04_deep_delta_learning/06_vision.ipynb #0b622256
+# %% ../../nbs/04_deep_delta_learning/06_vision.ipynb #75cf1bca
 MLP_RULES = (*RULES, "hc")
 
 
@@ -43,7 +43,7 @@ class ResidualMLP(nn.Module):
     Raises:
         ValueError, TypeError: arguments or shapes are wrong.
 
-    Source: experiment 6.3 (our choice of network).
+    Source: our choice of network.
     """
 
     def __init__(self, input_size: int = 64, num_classes: int = 10, *, width: int = 64, hidden: int = 64, num_layers: int = 12, n: int = 1,

@@ -47,16 +47,25 @@ def call(tiny, monkeypatch, capsys):
         (("run", "tiny", "--resume"), "no unfinished run"),
         (("run", "tiny", "--resume", "20200101-000000-small"), "no run"),
         (("run", "tiny", "nothing"), "nothing"),
+        (("run", "tiny", "--resume", "nosuch"), "no run nosuch of tiny in"),
+        (("run", "--resume", "nosuch"), "no such chapter"),
+        (("run", "youtu-agent"), "planned, not written yet"),
+        (("run", "tiny", "-p", "fault=/nonexistent/text"), "fault: expected a file or folder that is there"),
+        (("run", "tiny", "-p", "steps=[1"), "unclosed list"),
+        (("run", "tiny", "-p", "seeds=[1,2"), "unclosed list"),
         (("run", "tiny", "--timeout", "soon"), "--timeout"),
         (("run", "tiny", "--presett", "small"), "--preset"),
         (("run",), "Missing argument"),
         (("runn", "tiny"), "run"),
+        (("frobnicate",), "There are: list, run,"),
         (("results", "tinny"), "tiny"),
         (("results", "tiny", "--run", "20200101-000000-small"), "no such run"),
         (("results", "--compare", "x", "y"), "no such run"),
         (("sweep", "tiny"), "-p NAME=[A,B]"),
         (("sweep", "tiny", "-p", "stepz=[1,2]"), "steps"),
         (("sweep", "tiny", "-p", "steps=[]"), "steps"),
+        (("sweep", "tiny", "-p", "drift=[0.1,0.10]"), "each value once"),
+        (("sweep", "tiny", "-p", "drift=[0.1"), "unclosed list"),
         (("sweep", "tiny", "-p", "steps=[1]", "--workers", "0"), "--workers"),
         (("app", "tiny", "draw"), "no program"),
         (("data", "get", "nothing-of-the-kind"), "no data source"),
@@ -84,7 +93,7 @@ def test_no_space_is_said_before_the_start(call, tiny, monkeypatch):
 
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
     code, _, err = call("run", "tiny")
-    assert code == 2 and "1 MB are free" in err and not tiny.runs.exists()
+    assert code == 2 and "1 MB are free" in err and "choose another with --out" in err and not tiny.runs.exists()
 
 
 def test_absent_gpu_and_extras(call, tiny, monkeypatch):
@@ -105,6 +114,74 @@ def test_absent_gpu_and_extras(call, tiny, monkeypatch):
         import ray  # noqa: F401
     except ImportError:
         assert code == 3 and "papers10[dist]" in err
+
+
+def test_a_backend_that_cannot_run_here(call, tiny, monkeypatch):
+    import torch
+
+    from papers10.core import optional
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = call("run", "tiny", "-p", "backend=triton")
+    assert code == 5 and "TRITON_INTERPRET" in err and not tiny.runs.exists()
+    code, _, err = call("sweep", "tiny", "-p", "backend=[auto,triton]")
+    assert code == 5 and not tiny.runs.exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    code, _, err = call("run", "tiny", "-p", "backend=triton")
+    assert code == 5 and "--device cuda" in err and not tiny.runs.exists()
+    monkeypatch.setattr(optional, "have", lambda module: False)
+    for backend, extra in (("numba", "fast"), ("triton", "gpu")):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        code, _, err = call("run", "tiny", "-p", f"backend={backend}")
+        assert code == 3 and f"papers10[{extra}]" in err and not tiny.runs.exists()
+
+
+def test_an_absent_device_is_told_before_absent_packages(call, tiny, monkeypatch):
+    import torch
+
+    from papers10.core import presets
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(presets, "missing_packages", lambda extra: ["nothing"])
+    path = tiny.root / "data" / "presets" / "tiny.yaml"
+    path.write_text(
+        path.read_text()
+        .replace("paper: []", "paper: [gpu]")
+        .replace("small: cpu, paper: cpu", "small: cpu, paper: cuda")
+    )
+    code, _, err = call("run", "tiny", "--preset", "paper")
+    assert code == 5 and "cuda" in err and not tiny.runs.exists()
+
+
+def test_docs_looks_at_its_target_first(call, tiny, monkeypatch):
+    from papers10.core import site
+
+    monkeypatch.setattr(site, "build", lambda out: pytest.fail("built"))
+    (tiny.root / "file").write_text("")
+    code, _, err = call("docs", "--out", str(tiny.root))
+    assert code == 2 and "not a site" in err
+    code, _, err = call("docs", "--out", "/proc/site")
+    assert code == 2 and "cannot be written" in err
+
+
+def test_verify_says_when_nothing_was_compared(call, monkeypatch, tmp_path):
+    from papers10.core import data
+
+    monkeypatch.setattr(data, "source", lambda name: None)
+    checks = [data.FileCheck(tmp_path / "a", "0123", None)]
+    monkeypatch.setattr(data, "verify", lambda name: checks)
+    code, out, _ = call("data", "verify", "pydoc")
+    assert code == 0 and "nothing was compared" in out and "as they should be" not in out and "None" not in out
+    checks.append(data.FileCheck(tmp_path / "b", "4567", "4567"))
+    assert "1 of 2 files compared, as they should be" in call("data", "verify", "pydoc")[1]
+
+
+def test_what_the_bench_refuses_says_who_speaks(capsys):
+    from papers10.core import bench
+
+    assert bench.main(["no_such_kernel"]) == 2
+    assert capsys.readouterr().err.startswith("papers10: ")
 
 
 def test_broken_files_are_named(call, tiny):

@@ -51,7 +51,10 @@ def test_strict_and_failures_have_their_exit_codes(tiny):
 
 def test_a_failed_seed_costs_only_its_claims(tiny):
     done = tiny("run", "tiny", "-p", "fault=seed")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "papers10: 6 failed: walk/1/0 (seed 1), " in done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("seed 1 failed" in line for line in lines) == 1 and "tiny.up, tiny.far" in done.stdout
     result = tiny.result(tiny.folders()[0])
     assert result["metrics"]["walk.end"]["by_seed"]["1"] is None
     assert all(claim["verdict"] == "not tested" and "seed 1 failed" in claim["reason"] for claim in result["claims"])
@@ -90,6 +93,10 @@ def test_interrupt_prints_the_resume_command_and_a_second_run_is_not_disturbed(t
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert f"papers10 run tiny --resume {first.name}" in told
+    assert "Traceback" not in told and "Error" not in told and len(told.splitlines()) < 5, told
+    assert json.loads((first / "state.json").read_text())["status"] == "interrupted"
+    changed = tiny("run", "tiny", "--resume", first.name, "--preset", "smoke")
+    assert changed.returncode == 2 and "began with preset small" in changed.stderr
     other = tiny("run", "tiny", "--resume", "-p", "pause=0.0")
     assert other.returncode == 2 and "pause" in other.stderr
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 
@@ -42,6 +43,25 @@ def test_the_right_spelling_of_a_float_is_said():
         assert "with a dot" in str(refused.value)
         if text == "1e-3":
             assert right in str(refused.value) or "0.001" in str(refused.value)
+
+
+def test_length_of_a_list():
+    betas = parameter("list[float]", [0.9, 0.95], min=0, max=1, open_max=True, length=2)
+    assert betas.check("betas", [0.5, 0.6]) == [0.5, 0.6]
+    with pytest.raises(ConfigError, match="expected 2 values, got 1"):
+        betas.check("betas", [0.9])
+    with pytest.raises(ConfigError, match=r"betas\[0\].*\[0, 1\)"):
+        betas.check("betas", [2, 0.9])
+
+
+def test_planned_chapters_are_those_of_the_home_page():
+    text = (presets.notebooks_root() / "index.ipynb").read_text()
+    rows = re.findall(r"\| \d+ \| \[?`([\w-]+)`.*?\| (?:\*\*)?(ready|not written yet)", text)
+    assert sorted(slug for slug, state in rows if state != "ready") == sorted(
+        set(presets.PLANNED) - set(presets.chapters())
+    )
+    with pytest.raises(ConfigError, match="planned, not written yet; there are: deep-delta-learning"):
+        presets.find_slug("youtu_agent")
 
 
 def test_unknown_type_is_refused():

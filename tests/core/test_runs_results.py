@@ -184,3 +184,10 @@ def test_claims_table_without_and_with_a_result(begin):
         run.metric("m", 1.0 + seed / 100, seed=seed)
     row = next(iter(results.claims_table("little", run.finish())))
     assert row["verdict"] == "held" and "[" in row["ours"]
+
+
+def test_the_unit_of_the_papers_number_stands_before_the_bracket(begin, tmp_path):
+    path = tmp_path / "data" / "claims" / "little.yaml"
+    entry = 'paper: [{setting: "S", value: 49.29, baseline: 48.56, baseline_name: additive, unit: "%"}], tests:'
+    path.write_text(path.read_text().replace("tests:", entry))
+    assert results.claims_table("little").records[0]["paper"] == "S: 49.29 against 48.56 % (additive)"

@@ -24,3 +24,12 @@ def test_unknown_name():
 
     with pytest.raises(AttributeError, match="DeltaResidul"):
         getattr(chapter, "DeltaResidul")  # noqa: B009
+
+
+def test_every_experiment_is_public():
+    import papers10.deep_delta_learning as chapter
+    from papers10.deep_delta_learning import experiments
+
+    runs = {name for name in experiments.__all__ if name.startswith("run_")}
+    assert "run_oscillation" in runs and runs <= set(chapter.__all__)
+    assert all(getattr(chapter, name) is getattr(experiments, name) for name in runs)

@@ -195,3 +195,17 @@ def test_known_misreadings_of_the_rule_are_told_apart(mutant):
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_exact_overwrite_has_no_inverse(dtype):
+    draw = torch.Generator().manual_seed(5)
+    k, x = torch.randn(4, 7, generator=draw, dtype=dtype), torch.randn(4, 7, generator=draw, dtype=dtype)
+    with pytest.raises(ValueError, match="beta: .*exact overwrite for 4 of 4 tokens"):
+        apply_inverse(x, k, 1.0)
+    gates = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=dtype)
+    with pytest.raises(ValueError, match="exact overwrite for 1 of 4 tokens"):
+        apply_inverse(x, k, gates)
+    close = torch.tensor([0.99, 1.01, 0.0, 2.0], dtype=dtype)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(apply_inverse(apply_operator(x, k, close), k, close), x, atol=tolerance, rtol=0)

@@ -270,6 +270,69 @@ def test_bad_tensors_are_named():
         layer(x, h, context)
 
 
+@pytest.mark.parametrize("rule", ["delta", "write", "add"])
+@pytest.mark.parametrize("name", ["h", "context"])
+def test_integer_and_missing_tensors_are_refused_by_name(rule, name):
+    x, h, context, _ = tensors(1, torch.float32)
+    operands = {"h": h, "context": context}
+    layer = DeltaResidual(6, rule=rule)
+    with pytest.raises(TypeError, match=f"{name}: expected a floating tensor, got torch.int64"):
+        layer(x, **{**operands, name: operands[name].long()})
+    with pytest.raises(TypeError, match=f"{name}: expected a floating tensor, got NoneType"):
+        layer(x, **{**operands, name: None})
+
+
+def test_integer_compressed_state_is_refused_by_name():
+    x, h, context, x_in = tensors(4, torch.float32)
+    with pytest.raises(TypeError, match="x_in: expected a floating tensor, got torch.int64"):
+        DeltaResidual(6, 4)(x, h, context, x_in.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "options", "name"),
+    [
+        (1, {}, "x"),
+        (4, {}, "x_in"),
+        (1, {"preset": "paper"}, "context"),
+        (4, {"preset": "paper"}, "context"),
+        (1, {"rule": "write"}, "x"),
+        (1, {"mapping": "v"}, "context"),
+    ],
+)
+def test_another_dtype_than_the_weights_is_refused_by_name(dtype, n, options, name):
+    layer, operands = DeltaResidual(6, n, **options), tensors(n, dtype)
+    with pytest.raises(TypeError, match=rf"^{name}: expected torch.float32, .* got {dtype}"):
+        layer(*operands)
+    assert layer.to(dtype)(*operands).dtype == dtype
+
+
+def test_the_branch_of_the_v_map_must_have_the_dtype_of_the_weights():
+    x, h, context, _ = tensors(1, torch.float32)
+    with pytest.raises(TypeError, match="^h: expected torch.float32"):
+        DeltaResidual(6, mapping="v")(x, h.double(), context)
+
+
+def test_mixed_dtypes_that_need_no_conversion_still_work():
+    x, h, context, _ = tensors(1, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert DeltaResidual(6)(x, h, context).dtype == torch.bfloat16
+        assert DeltaResidual(6)(x.float(), h, context).dtype == torch.float32
+        with pytest.raises(TypeError, match="x: expected torch.float32"):
+            DeltaResidual(6)(x.double(), h, context)
+    assert DeltaResidual(6)(x.float(), h, context).dtype == torch.float32
+    assert DeltaResidual(6, v_constant=2.0)(x, h, context).dtype == torch.bfloat16
+    assert DeltaResidual(6, rule="add")(x, h.float(), context).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rule", ["delta", "write", "add"])
+def test_backend_and_save_are_checked_when_the_layer_is_made(rule):
+    with pytest.raises(ValueError, match="backend: .*'torhc'.*'torch'"):
+        DeltaResidual(6, rule=rule, backend="torhc")
+    with pytest.raises(ValueError, match="save: .*'inputs'.*'input'"):
+        DeltaResidual(6, rule=rule, save="inputs")
+
+
 def test_write_update_checks_its_operands():
     x, k = torch.ones(2, 6), torch.ones(2, 6)
     with pytest.raises(ValueError, match=r"v: expected shape \[2\]"):

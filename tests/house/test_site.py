@@ -116,6 +116,27 @@ def test_nothing_is_broken(built):
     assert site.check(built) == []
 
 
+def test_links_to_source_name_a_line(built):
+    assert [page.name for page in built.rglob("*.html") if re.search(r'href="[^"]*#LNone', page.read_text())] == []
+
+
+def test_tables_link_where_a_capability_is_shown_and_give_text_room():
+    import bs4
+
+    html = (
+        "<table><tr><td>delta update with one value channel</td><td>tests/house/test_site.py::test_nothing_is_broken<br>"
+        "01_operator#Two forms<br>01_operator#No such<br>tests/absent.py::test_x</td><td>7</td></tr></table>"
+    )
+    soup = bs4.BeautifulSoup(html, "html.parser")
+    address = {"04_x/index.ipynb": "04_x/index.html", "04_x/01_operator.ipynb": "04_x/operator.html"}
+    site._link_targets(soup, "04_x/index.ipynb", address, {"04_x/operator.html": {"two-forms"}})
+    site._widen_columns(soup)
+    first, second, third = soup.find_all("td")
+    links = [link["href"] for link in second.find_all("a")]
+    assert len(links) == 2 and links[0].endswith("/tests/house/test_site.py") and links[1] == "operator.html#two-forms"
+    assert first["style"] == "min-width:13em" and "overflow-wrap:anywhere" in second["style"] and not third.get("style")
+
+
 def test_every_notebook_is_a_page(built, names):
     assert len(names) == len(site.notebooks())
     text = (built / "index.html").read_text()

@@ -19,6 +19,7 @@ def test_kernel_list_needs_no_torch():
     ((2, 3), "a 4", "4=4"),
     ((), "a", "got 0 dimensions"),
     ((2,), "* a b", "got 1 dimensions"),
+    ((2, 3), "a a", "expected shape [a a] with a=2, got [2, 3]"),
 ])
 def test_wrong_shapes_name_argument_and_sizes(shape, pattern, message):
     with pytest.raises(ValueError) as caught:
