@@ -102,7 +102,7 @@ def test_text_features_are_fitted_on_the_training_texts():
     assert torch.allclose(train.norm(dim=1), torch.full((40,), 8**0.5), atol=1e-4)
 
 
-OPTIONS = dict(data="digits", epochs=1, base_epochs=1)
+OPTIONS = dict(data="digits", epochs=1, base_epochs=1, lr=0.3)
 
 
 @pytest.mark.parametrize("arm", continual.INCREMENTAL_ARMS)
