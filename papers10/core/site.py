@@ -702,7 +702,7 @@ def _pandoc(markdown: str) -> str:
     )
     return body
 
-# %% ../../nbs/shared/core/site.ipynb #99df9f62
+# %% ../../nbs/shared/core/site.ipynb #b3202800
 def check_target(out: Path | str) -> None:
     """Raise OSError when a site cannot be put into `out`: not a folder, other files in it, or not writable; leaves nothing."""
     out = Path(out).resolve()
@@ -912,7 +912,7 @@ def _widen_columns(soup) -> None:
             for cell in cells:
                 style = [cell["style"].rstrip(";")] if cell.get("style") else []
                 if longest > 14:
-                    style.append(f"min-width:{min(13.0, longest * 0.45):.3g}em")
+                    style.append(f"min-width:{min(12.0, longest * 0.25):.3g}em")
                 if any(len(word) > 30 for word in cell.get_text(" ").split()):
                     style.append("overflow-wrap:anywhere")
                 if style:
