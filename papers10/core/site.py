@@ -702,7 +702,7 @@ def _pandoc(markdown: str) -> str:
     )
     return body
 
-# %% ../../nbs/shared/core/site.ipynb #99df9f62
+# %% ../../nbs/shared/core/site.ipynb #2bb56e88
 def check_target(out: Path | str) -> None:
     """Raise OSError when a site cannot be put into `out`: not a folder, other files in it, or not writable; leaves nothing."""
     out = Path(out).resolve()
@@ -905,15 +905,18 @@ def _widen_columns(soup) -> None:
     """Columns of text get room for a few words a line, beside columns of names that cannot be broken."""
     for table in soup.find_all("table"):
         rows = [row.find_all("td", recursive=False) for row in table.find_all("tr")]
-        for column in range(max(map(len, rows), default=0)):
-            cells = [row[column] for row in rows if column < len(row) and row[column].find("math") is None]
-            lines = [line.strip() for cell in cells for line in cell.get_text("\n").splitlines()]
-            longest = max(map(len, lines), default=0)
+        columns = [[row[index] for row in rows if index < len(row) and row[index].find("math") is None]
+                   for index in range(max(map(len, rows), default=0))]
+        longest = [max((len(line.strip()) for cell in cells for line in cell.get_text("\n").splitlines()), default=0)
+                   for cells in columns]
+        wanted = [min(12.0, 0.25 * length) if length > 14 else 0.0 for length in longest]
+        scale = min(1.0, 36.0 / max(sum(wanted), 1.0))
+        for cells, width in zip(columns, wanted):
             for cell in cells:
                 style = [cell["style"].rstrip(";")] if cell.get("style") else []
-                if longest > 14:
-                    style.append(f"min-width:{min(13.0, longest * 0.45):.3g}em")
-                if any(len(word) > 30 for word in cell.get_text(" ").split()):
+                if width:
+                    style.append(f"min-width:{scale * width:.3g}em")
+                if any(len(word) > 22 for word in cell.get_text(" ").split()):
                     style.append("overflow-wrap:anywhere")
                 if style:
                     cell["style"] = ";".join(style)

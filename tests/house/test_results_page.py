@@ -104,5 +104,5 @@ def test_many_chapters_and_the_largest_preset_that_tested_counts(execute):
     assert "3 chapter(s), 6 claims, 3 run(s) of record" in said
     found = re.findall(r"data-verdict='([^']+)'", html)
     assert found == ["held", "not tested", "not run", "not run", "not held", "not tested"]
-    assert "not at this size" in html and "big: 2.5 against 3.0 (plain) nats" in html
+    assert "not at this size" in html and "big: 2.5 against 3.0 nats (plain)" in html
     assert "one.both" in said and "A caveat." in said

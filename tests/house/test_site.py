@@ -134,7 +134,9 @@ def test_tables_link_where_a_capability_is_shown_and_give_text_room():
     first, second, third = soup.find_all("td")
     links = [link["href"] for link in second.find_all("a")]
     assert len(links) == 2 and links[0].endswith("/tests/house/test_site.py") and links[1] == "operator.html#two-forms"
-    assert first["style"] == "min-width:13em" and "overflow-wrap:anywhere" in second["style"] and not third.get("style")
+    assert (
+        first["style"] == "min-width:8.75em" and "overflow-wrap:anywhere" in second["style"] and not third.get("style")
+    )
 
 
 def test_every_notebook_is_a_page(built, names):
