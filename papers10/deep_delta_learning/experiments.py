@@ -6,13 +6,13 @@ Docs: https://papers10.github.io/papers10/04_deep_delta_learning/experiments.htm
 
 # %% auto #0
 __all__ = ['PARITY_ARMS', 'OSCILLATION_ARMS', 'OSCILLATION_MODES', 'DIGITS_ARMS', 'DIGITS_TRAINING', 'TEXT_SIZES', 'SWEEP_SEEDS',
-           'seeded', 'count_parameters', 'DepthCounter', 'run_parity', 'Follower', 'oscillating_system',
-           'run_oscillation', 'train_digits', 'run_digits', 'depth_profile', 'run_depth', 'build_text_model',
-           'run_text', 'gate_summary', 'best_settings', 'validation_windows']
+           'count_parameters', 'DepthCounter', 'run_parity', 'Follower', 'oscillating_system', 'run_oscillation',
+           'train_digits', 'run_digits', 'depth_profile', 'run_depth', 'build_text_model', 'run_text', 'gate_summary',
+           'best_settings', 'seeded', 'validation_windows']
 
 # %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #b340bb45
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,28 +21,14 @@ from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_range
 from ..core.loop import LoopConfig, TrainState, train
-from ..core.random import generator
+from ..core.random import generator, seeded
 from .residual import gate_value, write_update
 from ..kernels.delta_update import delta_update
 from ..lm.pretraining import validation_windows
 
-_all_ = ["validation_windows"]
+_all_ = ["seeded", "validation_windows"]
 
 # %% ../../nbs/04_deep_delta_learning/07_experiments.ipynb #2693ca21
-def seeded(seed: int, name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    """Module from `build()`, initialised from the random stream (seed, name); torch's global state is left as it was.
-
-    Args:
-        seed: at least 0. name: of the stream. build: constructs the module on the CPU.
-
-    Returns:
-        What `build` returned.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator(seed, "init", name).get_state())
-        return build()
-
-
 def count_parameters(module: nn.Module) -> int:
     """Number of trained values, each shared parameter once."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -29,7 +29,7 @@ from ..core.checks import check_choice, check_range
 from ..core.data import DataMissing, LicenceNotAccepted, digits, locate
 from ..core.loop import LoopConfig, TrainState, train
 from ..core.optional import need
-from ..core.random import generator
+from ..core.random import generator, seeded
 from ..core.settings import settings
 from ..lm import tasks
 from ..lm.layers import GatedDeltaNet, RMSNorm
@@ -224,12 +224,6 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.body(x[:, None])[:, 0]))
 
 
-def _seeded(seed: int, name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator(seed, "init", name).get_state())
-        return build()
-
-
 def _accuracy(scores: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, classes: Sequence[int] | None = None) -> float:
     keep = torch.ones_like(y, dtype=torch.bool) if classes is None else torch.isin(y, torch.tensor(classes))
     with torch.no_grad():
@@ -262,7 +256,7 @@ def run_class_incremental(arm: str, seed: int, *, data: str = "clinc150", lr: fl
     if arm == "class-means":
         return _class_means(problem, classes)
     hidden, steps = (512, (1,)) if arm in ("single", "ewc") else (171, tuple(periods) if arm.startswith("cms") else (1, 1, 1))
-    model = _seeded(seed, "incremental", lambda: Classifier(width, classes, hidden, steps))
+    model = seeded(seed, "incremental", lambda: Classifier(width, classes, hidden, steps))
     base = torch.optim.SGD(model.parameters(), lr=INCREMENTAL_RATES[arm] if lr is None else lr)
     optimizer = MultiFrequencyOptimizer(base, model.levels(), reduction="mean" if arm == "cms-mean" else "sum")
     known: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
@@ -400,7 +394,7 @@ def recall_model(seed: int, steps: int = 300, *, hidden: int = 32, batch: int = 
     `steps` of AdamW at `lr` on `lm.tasks.rebinding` with 4 pairs: the loss of the answers plus 0.3 times that of all next tokens.
     """
     config = TrunkConfig(vocab_size=_KEYS + _VALUES, hidden_size=hidden, num_layers=2, num_heads=1, mlp="gelu", init_std=hidden**-0.5 / 2)
-    model = _seeded(seed, "recall", lambda: CausalLM(config, mixer=partial(GatedDeltaNet, mode="delta")))
+    model = seeded(seed, "recall", lambda: CausalLM(config, mixer=partial(GatedDeltaNet, mode="delta")))
     draw = generator(seed, "recall", "train")
 
     def batches():

@@ -32,7 +32,7 @@ from ..core.config import ConfigError, from_mapping, replace
 from ..core.data import DataMissing, dataset_rows
 from ..core.images import IMAGE_LICENCES
 from ..core.optional import need
-from ..core.random import generator
+from ..core.random import generator, seeded
 from ..core.settings import settings as machine
 from ..kernels.token_logp import token_logp
 from ..lm import pretraining
@@ -831,9 +831,8 @@ class _Logits(nn.Module):
 def build_vit(settings: FullScale, classes: int) -> nn.Module:
     """The ViT of `settings.size` of transformers, seeded: images [B, 3, S, S] -> logits [B, classes]. Raises MissingExtra."""
     transformers = need("transformers", "lm", "the ViT")
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator(settings.seed, "init", "vit").get_state())
-        return _Logits(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=classes, **IMAGE_SIZES[settings.size])))
+    config = transformers.ViTConfig(num_labels=classes, **IMAGE_SIZES[settings.size])
+    return seeded(settings.seed, "vit", lambda: _Logits(transformers.ViTForImageClassification(config)))
 
 
 def train_images(settings: FullScale, folder: str | Path) -> dict:

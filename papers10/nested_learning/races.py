@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ..core.checks import NonFiniteError, check_choice, check_range
 from ..core.loop import History, LoopConfig, TrainState, train
-from ..core.random import generator
+from ..core.random import generator, seeded
 from ..lm.optim import schedule
 from .m3 import M3, m3_param_groups
 from .optimizers import DGD, DeepMomentum, DeltaMomentum, GeneralizedMomentum, as_matrix
@@ -291,9 +291,7 @@ def train_race(arm: str, seed: int, setting: str = "iid", *, model: str = "mlp",
     network = RACE_MODELS[check_choice("model", model, tuple(RACE_MODELS))]
     lr = _rate(arm, setting, model) if lr is None else lr
     images, labels, test_images, test_labels = _digits(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator(seed, "init", f"races-{model}").get_state())
-        net = network()
+    net = seeded(seed, f"races-{model}", network)
     if m3 and not arm.startswith("m3"):
         raise ValueError(f"m3: expected an arm that is M3, got {arm!r}")
     optimizer = build(net, lr, fallback_lr, **(m3 or {}))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_range
 from ..core.loop import LoopConfig, TrainState, train
-from ..core.random import generator, stream_seed
+from ..core.random import generator, seeded
 from ..kernels.gated_delta import gated_delta
 from ..lm import tasks
 from ..lm.cache import Cache
@@ -206,16 +206,10 @@ TRACKING_ARMS = {
 """Mixers of the experiments on state, by name: Titans' memory with DGD and without its erase term at chunk size 1, and the baselines."""
 
 
-def _seeded(seed: int, name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "init", name))
-        return build()
-
-
 def _decoder(seed: int, mixer, *, vocab: int, hidden: int, layers: int, heads: int, tie: bool, channel=None) -> CausalLM:
     config = TrunkConfig(vocab_size=vocab, hidden_size=hidden, num_layers=layers, num_heads=heads, mlp_size=2 * hidden, mlp="gelu",
                          init_std=hidden**-0.5, tie_embeddings=tie)
-    return _seeded(seed, "model", lambda: CausalLM(config, mixer=mixer, channel=channel))
+    return seeded(seed, "model", lambda: CausalLM(config, mixer=mixer, channel=channel))
 
 
 def _fit(model: CausalLM, batches, *, steps: int, lr: float, warmup: int, name: str):
@@ -448,7 +442,7 @@ def run_mad(name: str, arm: str, seed: int, *, steps: int = 400, lr: float | Non
     one = partial(tasks.mad, name, length=length, vocab=vocab)
     optimised = model
     if name == "compress":
-        optimised = _seeded(seed, "readout", lambda: _Decompressor(model, length - 1, vocab))
+        optimised = seeded(seed, "readout", lambda: _Decompressor(model, length - 1, vocab))
 
     def asked(task: tasks.TaskBatch) -> tasks.TaskBatch:
         if name != "compress":
