@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/kernels/common.html.md"""
 # %% auto #0
 __all__ = ['BACKENDS', 'HARDWARE', 'KERNELS', 'check_shape', 'BackendUnavailable', 'installed', 'interpreting', 'resolve_backend',
            'last_backend', 'Hardware', 'copy_bandwidth', 'hardware', 'CaseNotSupported', 'TritonEntry', 'KernelSpec',
-           'register', 'load_all']
+           'register', 'op_name', 'load_all']
 
 # %% ../nbs/kernels/common.ipynb #5909ce5c
 import difflib
@@ -188,7 +188,7 @@ def hardware(device: str = "cpu", *, measured: float | None = None) -> Hardware:
         return Hardware(name, measured or copy_bandwidth(device))
     return Hardware(f"CPU, {torch.get_num_threads()} thread(s)", measured or copy_bandwidth(device))
 
-# %% ../nbs/kernels/common.ipynb #86c790ee
+# %% ../nbs/kernels/common.ipynb #afd2795c
 class CaseNotSupported(Exception):
     """Raised by a peer for a case that it cannot do (only small widths, say); the bench prints the reason."""
 
@@ -262,6 +262,19 @@ def register(spec: KernelSpec) -> KernelSpec:
         raise ValueError(f"backends: expected words of {', '.join(BACKENDS)}, got {', '.join(sorted(unknown))}")
     KERNELS[spec.name] = spec
     return spec
+
+
+def op_name(name: str, module: str) -> str:
+    """Name under which a module registers an operator with torch: `papers10::NAME`, or `papers10_page::NAME` in a notebook.
+
+    Two namespaces, since a page defines its kernel in cells and then imports the same kernel from the library: registered a second time
+    under one name, an operator takes the place of the first, and a call through the first crashes the process.
+
+    Args:
+        name: the operator's name.
+        module: `__name__` of the caller.
+    """
+    return f"papers10::{name}" if module.startswith("papers10.") else f"papers10_page::{name}"
 
 
 def load_all() -> dict[str, KernelSpec]:

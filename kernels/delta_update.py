@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/kernels/delta_update.html.md"""
 # %% auto #0
 __all__ = ['SPEC', 'delta_update_reference', 'delta_update', 'delta_update_bytes']
 
-# %% ../nbs/kernels/delta_update.ipynb #16f8338e
+# %% ../nbs/kernels/delta_update.ipynb #ed5facc6
 import functools
 import math
 import os
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, installed, register, resolve_backend
+from .common import Hardware, KernelSpec, TritonEntry, installed, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/delta_update.ipynb #27b8f1c8
 def delta_update_reference(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v: Float[Tensor, "..."],
@@ -471,12 +471,12 @@ def _backward_triton(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Ten
             **constants, num_warps=warps)
     return results
 
-# %% ../nbs/kernels/delta_update.ipynb #8b182631
+# %% ../nbs/kernels/delta_update.ipynb #bc0b3d89
 _FORWARD = {"torch": _forward_torch, "numba": _forward_numba, "triton": _forward_triton}
 _BACKWARD = {"torch": _backward_torch, "numba": _backward_numba, "triton": _backward_triton}
 
 
-@torch.library.custom_op("papers10::delta_update", mutates_args=())
+@torch.library.custom_op(op_name("delta_update", __name__), mutates_args=())
 def _forward_op(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float, save: str,
                 backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _FORWARD[backend](x, k, v, beta, eps)
@@ -488,7 +488,7 @@ def _forward_shapes(x, k, v, beta, eps, save, backend):
     return torch.empty_like(x), torch.empty_like(v, dtype=dtype), torch.empty_like(beta, dtype=dtype)
 
 
-@torch.library.custom_op("papers10::delta_update_backward", mutates_args=())
+@torch.library.custom_op(op_name("delta_update_backward", __name__), mutates_args=())
 def _backward_op(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Tensor, error: Tensor, inverse_norm: Tensor,
                  kept_is_output: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _BACKWARD[backend](grad, kept, k, v, beta, error, inverse_norm, kept_is_output)

@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/kernels/gated_delta.html.md"""
 __all__ = ['SPEC', 'gated_delta_reference', 'gated_delta', 'SelfModifyingState', 'self_modifying_scan', 'gated_delta_flops',
            'gated_delta_bytes']
 
-# %% ../nbs/kernels/gated_delta.ipynb #551d784b
+# %% ../nbs/kernels/gated_delta.ipynb #4a302651
 import functools
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, register, resolve_backend
+from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/gated_delta.ipynb #66abfe57
 _READS = ("post", "causal", "chunk")
@@ -1108,7 +1108,7 @@ def _backward_triton(grad_out, grad_state, q, k, write, erase, log_decay, initia
                                          grad_k, grad_erase, grad_decay, grad_chunk_erase), heads, constants, k)
     return grad_q, grad_k, grad_write, grad_erase, grad_decay, flow if initial_state is not None else None, grad_chunk_erase
 
-# %% ../nbs/kernels/gated_delta.ipynb #756cb9b8
+# %% ../nbs/kernels/gated_delta.ipynb #f12caeff
 _FORWARD = {"torch": _forward_torch, "triton": _forward_triton}
 _BACKWARD = {"torch": _backward_torch, "triton": _backward_triton}
 
@@ -1117,7 +1117,7 @@ def _blank(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@torch.library.custom_op("papers10::gated_delta", mutates_args=())
+@torch.library.custom_op(op_name("gated_delta", __name__), mutates_args=())
 def _forward_op(q: Tensor, k: Tensor, write: Tensor, erase: Tensor | None, log_decay: Tensor | None, initial_state: Tensor | None,
                 chunk_erase: Tensor | None, cu_seqlens: Tensor | None, read: str, block: int, chunk: int, per_chunk: int, keep: bool,
                 backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -1133,7 +1133,7 @@ def _forward_shapes(q, k, write, erase, log_decay, initial_state, chunk_erase, c
     return (torch.empty(write.shape, dtype=write.dtype, device=k.device), state, *kept)
 
 
-@torch.library.custom_op("papers10::gated_delta_backward", mutates_args=())
+@torch.library.custom_op(op_name("gated_delta_backward", __name__), mutates_args=())
 def _backward_op(grad_out: Tensor | None, grad_state: Tensor | None, q: Tensor, k: Tensor, write: Tensor, erase: Tensor | None,
                  log_decay: Tensor | None, initial_state: Tensor | None, chunk_erase: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor,
                  inverses: Tensor, solutions: Tensor, read: str, block: int, chunk: int, per_chunk: int, backend: str) -> list[Tensor]:
