@@ -229,9 +229,9 @@ def _forever(draw: Callable[[], tasks.TaskBatch]):
     while True:
         yield draw()
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #cf862ef3
-PARITY_RATES = dict.fromkeys(TRACKING_ARMS, 2e-2) | {"self-modifying": 5e-3, "srwm": 5e-3}
-"""Learning rates, from the sweep over 5e-3, 1e-2, 2e-2 on seed 100."""
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #41a29686
+PARITY_RATES = dict.fromkeys(TRACKING_ARMS, 2e-2) | dict.fromkeys(("gd", "attention", "self-modifying", "srwm"), 5e-3)
+"""Learning rates: of dgd, gd and attention the best of 5e-3, 1e-2, 2e-2 on seed 100; the other arms belong to no claim."""
 
 
 def run_parity(arm: str, seed: int, *, steps: int = 400, lr: float | None = None, batch: int = 128, train_lengths: tuple[int, int] = (2, 40),
@@ -277,14 +277,15 @@ def run_parity(arm: str, seed: int, *, steps: int = 400, lr: float | None = None
     return {"accuracy": {str(length): curve[length - 1] for length in test_lengths}, "curve": curve, "loss": _final_loss(history),
             "lowest_eigenvalue": lowest, "parameters": model.num_parameters()}
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #18e2cca9
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #8887621a
 FORMAL_BINS = ((2, 50), (52, 100))
 COUNTING_LANGUAGES = ("anbn", "anbncn", "shuffle2")
 FORMAL_RATES = {
-    "regular": dict.fromkeys(TRACKING_ARMS, 3e-2),
-    "counting": dict.fromkeys(TRACKING_ARMS, 1e-2) | {"lstm": 2e-2},
+    "regular": dict.fromkeys(TRACKING_ARMS, 3e-2) | dict.fromkeys(("deltanet", "attention"), 1e-2),
+    "counting": dict.fromkeys(TRACKING_ARMS, 1e-2) | dict.fromkeys(("lstm", "srwm"), 3e-2),
 }
-"""Learning rates for languages with finitely many states and for `COUNTING_LANGUAGES`, from the sweep over 5e-3, 1e-2, 2e-2, 3e-2 on seed 100."""
+"""Learning rates for languages with finitely many states and for `COUNTING_LANGUAGES`: of dgd, deltanet, linear, attention, lstm and srwm the better of 1e-2 and 3e-2
+on seed 100, by the training loss over the three languages of the group."""
 
 
 def run_formal(name: str, arm: str, seed: int, *, steps: int = 400, lr: float | None = None, batch: int = 32, test_size: int = 200, hidden: int = 32) -> dict:
@@ -317,7 +318,7 @@ def run_formal(name: str, arm: str, seed: int, *, steps: int = 400, lr: float | 
             result |= {f"bin{index}": test.row_accuracy(logits), f"symbols{index}": test.accuracy(logits)}
     return result
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #345ef56c
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #57e1c92f
 _MATCHED_HEAD = 48
 REBINDING_ARMS: dict[str, dict] = {
     "attention": {"mixer": Attention, "head_dim": _MATCHED_HEAD},
@@ -342,13 +343,16 @@ RECALL_TASKS: dict[str, dict] = {
 }
 """Tasks of `run_recall`: generator, number of ids, sequences a batch and default steps."""
 
-RECALL_RATES = dict.fromkeys(REBINDING_ARMS, 8e-3) | dict.fromkeys(("attention", "titans", "static-gd", "hope", "hope-nested"), 1.6e-2)
-"""Learning rates of the recall experiments, from the sweep over 4e-3, 8e-3, 1.6e-2 on seed 100."""
+RECALL_RATES = dict.fromkeys(REBINDING_ARMS, 8e-3) | dict.fromkeys(("attention", "linear", "deltanet", "static-gd"), 3.2e-2) | dict.fromkeys(("self-dgd-c8", "hope"), 1.6e-2)
+"""Learning rates of the recall experiments: the best of 4e-3, 8e-3, 1.6e-2 on seed 100 by the training loss on re-binding
+(for arms with a run on associative recall, the sum of both), and 3.2e-2 where a longer grid found it better."""
 
 
 def _continuum(config, layer: int, variant: str) -> nn.Module:
     # Two levels of width d / 2, each with its target map of d × d, have as many weights as one feed-forward of width 2d.
-    return ContinuumMemory(config.hidden_size, (8, 24), variant, hidden_mult=0.5, output="branch", layer=layer)
+    # The slow level is written in the middle of the 24 tokens of re-binding: written at the end only, nothing would read it, and variants would be one.
+    # With the module's own rate of 0.1 the writes spoil what the memories hold: 0.56 of the answers in place of 0.95.
+    return ContinuumMemory(config.hidden_size, (4, 12), variant, hidden_mult=0.5, output="branch", lr_init=0.01, layer=layer)
 
 
 def _recall_model(arm: str, seed: int, vocab: int, hidden: int) -> CausalLM:
