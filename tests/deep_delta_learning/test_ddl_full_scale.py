@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "miniatures"))
 import fineweb
+import training
 
-from papers10.core import checkpoint
 from papers10.core.config import ConfigError, replace
 from papers10.core.data import DataMissing
 from papers10.core.optional import MissingExtra
@@ -26,26 +26,7 @@ pytest.importorskip("tokenizers")
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    return FullScale(
-        rule="ddl-cc",
-        size="mini",
-        dataset=str(fineweb.fineweb_rows(folder / "rows")),
-        dataset_config=None,
-        tokenizer=str(fineweb.tokenizer(folder / "bpe")),
-        seq_len=32,
-        global_batch=8,
-        micro_batch=2,
-        steps=8,
-        warmup=2,
-        lr=5e-3,
-        dtype="float32",
-        device="cpu",
-        val_tokens=512,
-        save_every=4,
-        eval_every=4,
-        devices=1,
-        strategy="single",
-    )
+    return training.text_settings(FullScale, folder, rule="ddl-cc", size="mini")
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +43,7 @@ def test_it_learns_and_logs(text, whole, tmp_path):
 
 
 def test_a_stopped_training_goes_on_to_the_same_numbers(text, whole, tmp_path):
-    class Stop(Exception):
-        pass
-
-    saved = checkpoint.save
-
-    def save_and_die(*arguments, **options):
-        saved(*arguments, **options)
-        raise Stop
-
-    checkpoint.save = save_and_die
-    try:
-        with pytest.raises(Stop):
-            full_scale.launch(text, tmp_path)
-    finally:
-        checkpoint.save = saved
+    training.stop_at_first_checkpoint(full_scale.launch, text, tmp_path)
     again = full_scale.launch(text, tmp_path)
     assert (
         again["val_loss"] == whole["val_loss"] and again["curve"] == whole["curve"] and again["gates"] == whole["gates"]
@@ -104,36 +71,16 @@ def test_a_failing_process_is_reported(text, tmp_path):
 
 def test_benchmarks_run_on_a_local_task(text, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    task = fineweb.multiple_choice_task(tmp_path / "task")
-    result = full_scale.launch(
-        replace(text, eval_tasks=["tiny_choice"], task_folder=str(task), steps=2, warmup=0), tmp_path / "run"
-    )
+    settings = replace(text, **training.local_benchmark(tmp_path, monkeypatch))
+    result = full_scale.launch(settings, tmp_path / "run")
     assert set(result["tasks"]) == {"0shot", "1shot"} and 0 <= result["tasks"]["0shot"]["tiny_choice"] <= 100
     assert result["tasks"]["1shot"]["average"] == result["tasks"]["1shot"]["tiny_choice"]
 
 
 @pytest.mark.parametrize("rule", ["add", "ddl"])
 def test_images(tmp_path, rule):
-    settings = FullScale(
-        task="vision",
-        rule=rule,
-        size="mini",
-        dataset=str(fineweb.cifar_rows(tmp_path / "rows")),
-        dataset_config=None,
-        global_batch=8,
-        micro_batch=8,
-        steps=10,
-        warmup=2,
-        lr=1e-2,
-        dtype="float32",
-        device="cpu",
-        save_every=5,
-        eval_every=0,
-        devices=1,
-        strategy="single",
-    )
+    model = dict(task="vision", rule=rule, size="mini")
+    settings = training.image_settings(FullScale, tmp_path / "rows", **model, save_every=5)
     result = full_scale.launch(settings, tmp_path / "run")
     assert result["accuracy"] > 0.5 and result["steps"] == 10
 

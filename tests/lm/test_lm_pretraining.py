@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "miniatures"))
 import fineweb
 import nested
+import training
 
 from papers10.core import checkpoint
 from papers10.core.config import ConfigError, from_mapping, replace
@@ -144,26 +146,9 @@ def test_streams_refuse(change, message):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    return Pretraining(
-        dataset=str(fineweb.fineweb_rows(folder / "rows")),
-        dataset_config=None,
-        dataset_share=0.8,
-        mix=[{"dataset": str(nested.pg19_rows(folder / "books")), "share": 0.2}],
-        tokenizer="bytes",
-        seq_len=16,
-        global_batch=8,
-        micro_batch=2,
-        steps=6,
-        warmup=1,
-        lr=1e-2,
-        dtype="float32",
-        device="cpu",
-        val_tokens=640,
-        save_every=2,
-        eval_every=3,
-        devices=1,
-        strategy="single",
-    )
+    mix = [{"dataset": str(nested.pg19_rows(folder / "books")), "share": 0.2}]
+    sizes = dict(seq_len=16, steps=6, warmup=1, lr=1e-2, val_tokens=640, save_every=2, eval_every=3)
+    return training.text_settings(Pretraining, folder, tokenizer="bytes", dataset_share=0.8, mix=mix, **sizes)
 
 
 def test_validation_is_the_heads_in_their_shares_and_training_comes_after(text):
@@ -240,28 +225,15 @@ def build(settings, vocabulary):
     return CausalLM(TrunkConfig(vocab_size=vocabulary, hidden_size=16, num_layers=1, num_heads=2), mixer=GatedDeltaNet)
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("carry", [1, 2, 0])
-def test_a_stopped_training_goes_on_to_the_same_numbers(text, tmp_path, monkeypatch, carry):
+def test_a_stopped_training_goes_on_to_the_same_numbers(text, tmp_path, carry):
     def train(settings, folder):
         return pretraining.train_text(
             settings, folder, build, carry=carry, inspect={"norm": lambda model, ids: [{"rows": len(ids)}]}
         )
 
     whole = pretraining.launch(text, tmp_path / "whole", train)
-    saved = checkpoint.save
-
-    def save_and_die(*arguments, **options):
-        saved(*arguments, **options)
-        raise Stop
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(Stop):
-        pretraining.launch(text, tmp_path / "stopped", train)
-    monkeypatch.undo()
+    training.stop_at_first_checkpoint(partial(pretraining.launch, train=train), text, tmp_path / "stopped")
     again = pretraining.launch(text, tmp_path / "stopped", train)
     assert (
         again["val_loss"] == whole["val_loss"] and again["curve"] == whole["curve"] and whole["norm"] == [{"rows": 2}]

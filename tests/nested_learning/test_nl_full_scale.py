@@ -8,8 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "miniatures"))
-import fineweb
 import nested
+import training
 
 from papers10.core import checkpoint
 from papers10.core.config import ConfigError, from_mapping, replace
@@ -28,48 +28,9 @@ pytest.importorskip("tokenizers")
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    return FullScale(
-        arch="hope",
-        size="mini",
-        chunk_size=(16, 4),
-        cms_chunk_sizes=(8, 32),
-        dataset=str(fineweb.fineweb_rows(folder / "rows")),
-        dataset_config=None,
-        mix=[{"dataset": str(nested.pg19_rows(folder / "books")), "share": 0.2}],
-        tokenizer=str(fineweb.tokenizer(folder / "bpe")),
-        seq_len=32,
-        global_batch=8,
-        micro_batch=2,
-        steps=8,
-        warmup=2,
-        lr=5e-3,
-        dtype="float32",
-        device="cpu",
-        val_tokens=640,
-        save_every=4,
-        eval_every=4,
-        devices=1,
-        strategy="single",
-    )
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at_first_checkpoint(settings, folder):
-    saved = checkpoint.save
-
-    def save_and_die(*arguments, **options):
-        saved(*arguments, **options)
-        raise Stop
-
-    checkpoint.save = save_and_die
-    try:
-        with pytest.raises(Stop):
-            full_scale.launch(settings, folder)
-    finally:
-        checkpoint.save = saved
+    mix = [{"dataset": str(nested.pg19_rows(folder / "books")), "share": 0.2}]
+    memory = dict(arch="hope", size="mini", global_batch=4, chunk_size=(16, 4), cms_chunk_sizes=(8, 32))
+    return training.text_settings(FullScale, folder, **memory, mix=mix, val_tokens=640)
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +56,10 @@ def test_it_learns_and_logs_its_memories(whole):
     ids=lambda change: "-".join(map(str, change.values())) or "plain",
 )
 def test_a_stopped_training_goes_on_to_the_same_numbers(text, whole, tmp_path, change):
-    settings = replace(text, **change)
+    # three steps are no multiple of any period, so that every memory is stopped in the middle of one
+    settings = replace(text, **change, steps=6, save_every=3, eval_every=3) if change else text
     uninterrupted = full_scale.launch(settings, tmp_path / "whole") if change else whole
-    stop_at_first_checkpoint(settings, tmp_path / "stopped")
+    training.stop_at_first_checkpoint(full_scale.launch, settings, tmp_path / "stopped")
     again = full_scale.launch(settings, tmp_path / "stopped")
     for key in ("val_loss", "curve", "memories"):
         assert again[key] == uninterrupted[key], key
@@ -105,7 +67,8 @@ def test_a_stopped_training_goes_on_to_the_same_numbers(text, whole, tmp_path, c
 
 def test_two_processes_train_as_one(text, whole, tmp_path):
     pytest.importorskip("accelerate")
-    pair = full_scale.launch(replace(text, devices=2, strategy="ddp"), tmp_path)
+    training.train_in_processes(full_scale.train_one, replace(text, devices=2, strategy="ddp"), tmp_path)
+    pair = json.loads((tmp_path / "result.json").read_text())
     # float32 sums in another order: gradients agree to 1e-6, eight updates of AdamW keep that below 1e-3
     assert abs(pair["val_loss"] - whole["val_loss"]) < 1e-3
     assert len((tmp_path / "logs" / "train.jsonl").read_text().splitlines()) == 2, "only rank 0 writes"
@@ -168,10 +131,7 @@ def test_every_parameter_has_one_group_and_norms_do_not_decay(text, name):
 
 def test_benchmarks_run_on_a_local_task(text, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    task = fineweb.multiple_choice_task(tmp_path / "task")
-    settings = replace(text, eval_tasks=["tiny_choice"], task_folder=str(task), steps=2, warmup=0, save_every=0)
+    settings = replace(text, save_every=0, **training.local_benchmark(tmp_path, monkeypatch))
     result = full_scale.launch(settings, tmp_path / "run")
     assert set(result["tasks"]) == {"0shot"} and 0 <= result["tasks"]["0shot"]["tiny_choice"] <= 100
 
@@ -179,25 +139,9 @@ def test_benchmarks_run_on_a_local_task(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["m3", "muon"])
 def test_images_with_the_optimizers_of_the_paper(tmp_path, optimizer):
     pytest.importorskip("transformers")
-    settings = FullScale(
-        task="images",
-        size="mini",
-        optimizer=optimizer,
-        dataset=str(fineweb.cifar_rows(tmp_path / "rows")),
-        dataset_config=None,
-        mix=[],
-        global_batch=8,
-        micro_batch=8,
-        steps=20,
-        warmup=2,
-        lr=1e-2,
-        fallback_lr=1e-2,
-        dtype="float32",
-        device="cpu",
-        save_every=0,
-        eval_every=0,
-        devices=1,
-        strategy="single",
+    rates = dict(size="mini", steps=20, fallback_lr=1e-2)
+    settings = training.image_settings(
+        FullScale, tmp_path / "rows", task="images", mix=[], optimizer=optimizer, **rates
     )
     result = full_scale.launch(settings, tmp_path / "run")
     assert result["accuracy"] > 0.5 and result["steps"] == 20
