@@ -67,8 +67,7 @@ def test_a_stopped_training_goes_on_to_the_same_numbers(text, whole, tmp_path, c
 
 def test_two_processes_train_as_one(text, whole, tmp_path):
     pytest.importorskip("accelerate")
-    training.train_in_processes(full_scale.train_one, replace(text, devices=2, strategy="ddp"), tmp_path)
-    pair = json.loads((tmp_path / "result.json").read_text())
+    pair = full_scale.launch(replace(text, devices=2, strategy="ddp"), tmp_path)
     # float32 sums in another order: gradients agree to 1e-6, eight updates of AdamW keep that below 1e-3
     assert abs(pair["val_loss"] - whole["val_loss"]) < 1e-3
     assert len((tmp_path / "logs" / "train.jsonl").read_text().splitlines()) == 2, "only rank 0 writes"
