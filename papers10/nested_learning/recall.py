@@ -318,7 +318,7 @@ def run_formal(name: str, arm: str, seed: int, *, steps: int = 400, lr: float | 
             result |= {f"bin{index}": test.row_accuracy(logits), f"symbols{index}": test.accuracy(logits)}
     return result
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #57e1c92f
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #81080485
 _MATCHED_HEAD = 48
 REBINDING_ARMS: dict[str, dict] = {
     "attention": {"mixer": Attention, "head_dim": _MATCHED_HEAD},
@@ -351,7 +351,7 @@ RECALL_RATES = dict.fromkeys(REBINDING_ARMS, 8e-3) | dict.fromkeys(("attention",
 def _continuum(config, layer: int, variant: str) -> nn.Module:
     # Two levels of width d / 2, each with its target map of d × d, have as many weights as one feed-forward of width 2d.
     # The slow level is written in the middle of the 24 tokens of re-binding: written at the end only, nothing would read it, and variants would be one.
-    # With the module's own rate of 0.1 the writes spoil what the memories hold: 0.56 of the answers in place of 0.95.
+    # The module's own rate of 0.1 is too large here: the writes spoil what the memories hold.
     return ContinuumMemory(config.hidden_size, (4, 12), variant, hidden_mult=0.5, output="branch", lr_init=0.01, layer=layer)
 
 
