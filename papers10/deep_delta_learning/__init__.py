@@ -14,37 +14,24 @@ __all__ = ['delta_update', 'delta_operator', 'delta_spectrum', 'apply_operator',
            'DeltaResNet', 'DeltaConvBlock', 'ResidualMLP', 'run_parity', 'run_text', 'run_digits', 'run_depth',
            'run_oscillation', 'residual_traffic', 'bench_specs']
 
-# %% ../../nbs/04_deep_delta_learning/api.ipynb #b61f8c09
-import importlib
-from typing import Any
+# %% ../../nbs/04_deep_delta_learning/api.ipynb #51c58a59
+from ..core.optional import lazy_names
 
-# %% ../../nbs/04_deep_delta_learning/api.ipynb #95bf1d8b
+# %% ../../nbs/04_deep_delta_learning/api.ipynb #d68adaeb
 _HOME = {
-    "operator": ("delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections"),
-    "residual": ("DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update"),
-    "expanded": ("EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection"),
-    "model": ("DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream",
-              "convert_additive_checkpoint", "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps"),
-    "inspection": ("gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording"),
-    "vision": ("DeltaResNet", "DeltaConvBlock", "ResidualMLP"),
-    "experiments": ("run_parity", "run_text", "run_digits", "run_depth", "run_oscillation"),
-    "benchmarks": ("residual_traffic", "bench_specs"),
+    ".operator": ("delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections"),
+    ".residual": ("DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update"),
+    ".expanded": ("EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection"),
+    ".model": ("DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream",
+               "convert_additive_checkpoint", "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps"),
+    ".inspection": ("gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording"),
+    ".vision": ("DeltaResNet", "DeltaConvBlock", "ResidualMLP"),
+    ".experiments": ("run_parity", "run_text", "run_digits", "run_depth", "run_oscillation"),
+    ".benchmarks": ("residual_traffic", "bench_specs"),
 }
-_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__getattr__, __dir__ = lazy_names("papers10.deep_delta_learning", _HOME)
 _all_ = ["delta_update", "delta_operator", "delta_spectrum", "apply_operator", "apply_inverse", "unit_direction", "rotation_from_reflections",
          "DeltaResidual", "DeltaStats", "DeltaGate", "TargetHead", "write_update", "EmbedExpand", "ChannelCompressor", "TokenCompressor", "HyperConnection",
          "DDLConfig", "variant", "DDLCausalLM", "DDLModel", "DDLBlock", "DDLForCausalLM", "DDLHFConfig", "DeltaStream", "convert_additive_checkpoint",
          "convert_released_checkpoint", "from_additive", "flops_per_token", "iso_flop_steps", "gate_report", "discrepancy_audit", "regime_shares", "shortcut_product", "recording",
          "DeltaResNet", "DeltaConvBlock", "ResidualMLP", "run_parity", "run_text", "run_digits", "run_depth", "run_oscillation", "residual_traffic", "bench_specs"]
-
-
-def __getattr__(name: str) -> Any:
-    """The public name, from the module where it lives; AttributeError for any other."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'papers10.deep_delta_learning' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"papers10.deep_delta_learning.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """Public names and submodules, for completion."""
-    return sorted({*globals(), *_WHERE, *_HOME})

@@ -9,7 +9,7 @@ __all__ = ['Activation', 'VARIANTS', 'EMBED', 'HEAD', 'FINAL_NORM', 'official_na
            'ActivatedAttention', 'DDLCausalLM', 'DDLModel', 'DDLBlock', 'convert_additive_checkpoint', 'from_additive',
            'convert_released_checkpoint', 'residual_flops', 'flops_per_token', 'iso_flop_steps', 'HyperConnection']
 
-# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #a3384d15
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #1f88394e
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_choice, nearest
 from ..core.config import ConfigError, replace
+from ..core.optional import lazy_names
 from ..core.random import generator
 from .expanded import ChannelCompressor, EmbedExpand, HyperConnection, TokenCompressor
 from .residual import DeltaResidual
@@ -640,17 +641,12 @@ def iso_flop_steps(config: DDLConfig, reference: DDLConfig, steps: int, *, lengt
         raise ValueError(f"steps: expected at least 1, got {steps}")
     return max(1, round(steps * flops_per_token(reference, length=length) / flops_per_token(config, length=length)))
 
-# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #8de1116b
-_HF: dict[str, Any] = {}
+# %% ../../nbs/04_deep_delta_learning/04_language_model.ipynb #4f48c03f
+def _hugging_face() -> tuple[type, type]:
+    """(DDLHFConfig, DDLForCausalLM). Raises MissingExtra without the extra "lm"."""
+    from papers10.lm.hf import as_pretrained
+
+    return as_pretrained(DDLCausalLM, DDLConfig, "ddl")
 
 
-def __getattr__(name: str) -> Any:
-    """`DDLForCausalLM` and `DDLHFConfig`, built at first use (extra "lm")."""
-    if name not in ("DDLForCausalLM", "DDLHFConfig"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not _HF:
-        from papers10.lm.hf import as_pretrained
-
-        configuration, model = as_pretrained(DDLCausalLM, DDLConfig, "ddl")
-        _HF.update(DDLHFConfig=configuration, DDLForCausalLM=model)
-    return _HF[name]
+__getattr__, __dir__ = lazy_names(__name__, {_hugging_face: ("DDLHFConfig", "DDLForCausalLM")})

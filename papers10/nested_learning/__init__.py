@@ -15,42 +15,29 @@ __all__ = ['decompose', 'NestedSystem', 'Level', 'Problem', 'Transfer', 'Frequen
            'run_formal', 'run_recall', 'run_rebinding', 'run_curvature', 'run_race', 'toy_curvature',
            'run_class_incremental', 'run_context_stream', 'run_knowledge', 'clinc150', 'banking77', 'dbpedia70']
 
-# %% ../../nbs/01_nested_learning/api.ipynb #18a12e54
-import importlib
-from typing import Any
+# %% ../../nbs/01_nested_learning/api.ipynb #51c58a59
+from ..core.optional import lazy_names
 
-# %% ../../nbs/01_nested_learning/api.ipynb #fde37ae8
+# %% ../../nbs/01_nested_learning/api.ipynb #a53e9320
 _HOME = {
-    "nested_learning.systems": ("decompose", "NestedSystem", "Level", "Problem", "Transfer", "Frequency", "Link"),
-    "nested_learning.memories": ("assoc_update", "dgd_step", "ggd_step", "attention_memory", "adam_memory", "adagrad_memory", "ema_share", "ema_terms", "chunk_write",
-                                 "repeated_write"),
-    "nested_learning.optimizers": ("DGD", "DeltaMomentum", "DeepMomentum", "GeneralizedMomentum", "MultiFrequencyOptimizer", "newton_schulz"),
-    "nested_learning.m3": ("M3", "m3_param_groups"),
-    "nested_learning.titans": ("SelfModifyingTitans", "AssociativeMemory", "selfmod_chunk"),
-    "kernels.gated_delta": ("gated_delta", "self_modifying_scan"),
-    "nested_learning.continuum": ("ContinuumMemory", "ContinuumState", "update_cost"),
-    "nested_learning.pretrained": ("cms_from_pretrained", "stream", "Continuum", "run_text_stream"),
-    "nested_learning.hope": ("HopeConfig", "variant", "HopeCausalLM", "HopeModel", "HopeBlock", "HopeAttentionBlock", "HopeForCausalLM", "HopeHFConfig"),
-    "nested_learning.recall": ("run_parity", "run_formal", "run_recall", "run_rebinding"),
-    "nested_learning.races": ("run_curvature", "run_race", "toy_curvature"),
-    "nested_learning.continual": ("run_class_incremental", "run_context_stream", "run_knowledge", "clinc150", "banking77", "dbpedia70"),
+    ".systems": ("decompose", "NestedSystem", "Level", "Problem", "Transfer", "Frequency", "Link"),
+    ".memories": ("assoc_update", "dgd_step", "ggd_step", "attention_memory", "adam_memory", "adagrad_memory", "ema_share", "ema_terms", "chunk_write",
+                  "repeated_write"),
+    ".optimizers": ("DGD", "DeltaMomentum", "DeepMomentum", "GeneralizedMomentum", "MultiFrequencyOptimizer", "newton_schulz"),
+    ".m3": ("M3", "m3_param_groups"),
+    ".titans": ("SelfModifyingTitans", "AssociativeMemory", "selfmod_chunk"),
+    "..kernels.gated_delta": ("gated_delta", "self_modifying_scan"),
+    ".continuum": ("ContinuumMemory", "ContinuumState", "update_cost"),
+    ".pretrained": ("cms_from_pretrained", "stream", "Continuum", "run_text_stream"),
+    ".hope": ("HopeConfig", "variant", "HopeCausalLM", "HopeModel", "HopeBlock", "HopeAttentionBlock", "HopeForCausalLM", "HopeHFConfig"),
+    ".recall": ("run_parity", "run_formal", "run_recall", "run_rebinding"),
+    ".races": ("run_curvature", "run_race", "toy_curvature"),
+    ".continual": ("run_class_incremental", "run_context_stream", "run_knowledge", "clinc150", "banking77", "dbpedia70"),
 }
-_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__getattr__, __dir__ = lazy_names("papers10.nested_learning", _HOME)
 _all_ = ["decompose", "NestedSystem", "Level", "Problem", "Transfer", "Frequency", "Link", "assoc_update", "dgd_step", "ggd_step", "attention_memory", "adam_memory",
          "adagrad_memory", "ema_share", "ema_terms", "chunk_write", "repeated_write", "DGD", "DeltaMomentum", "DeepMomentum", "GeneralizedMomentum",
          "MultiFrequencyOptimizer", "newton_schulz", "M3", "m3_param_groups", "SelfModifyingTitans", "AssociativeMemory", "selfmod_chunk", "gated_delta",
          "self_modifying_scan", "ContinuumMemory", "ContinuumState", "update_cost", "cms_from_pretrained", "stream", "Continuum", "run_text_stream", "HopeConfig", "variant",
          "HopeCausalLM", "HopeModel", "HopeBlock", "HopeAttentionBlock", "HopeForCausalLM", "HopeHFConfig", "run_parity", "run_formal", "run_recall", "run_rebinding",
          "run_curvature", "run_race", "toy_curvature", "run_class_incremental", "run_context_stream", "run_knowledge", "clinc150", "banking77", "dbpedia70"]
-
-
-def __getattr__(name: str) -> Any:
-    """The public name, from the module where it lives; AttributeError for any other."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'papers10.nested_learning' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"papers10.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """Public names and submodules, for completion."""
-    return sorted({*globals(), *_WHERE, *(home.rpartition(".")[2] for home in _HOME)})

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/01_nested_learning/hope.html.md"""
 # %% auto #0
 __all__ = ['VARIANTS', 'HopeConfig', 'variant', 'HopeBlock', 'HopeAttentionBlock', 'HopeCausalLM', 'HopeModel']
 
-# %% ../../nbs/01_nested_learning/08_hope.ipynb #4bf9922b
+# %% ../../nbs/01_nested_learning/08_hope.ipynb #af48e973
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_choice
 from ..core.config import ConfigError
+from ..core.optional import lazy_names
 from ..core.random import generator
 from ..lm.cache import Cache
 from ..lm.layers import MLP, Attention, RMSNorm, SwiGLU
@@ -300,17 +301,12 @@ class HopeModel(HopeCausalLM):
             hook.remove()
         return states[0]
 
-# %% ../../nbs/01_nested_learning/08_hope.ipynb #69f95765
-_HF: dict[str, Any] = {}
+# %% ../../nbs/01_nested_learning/08_hope.ipynb #e0bd0bc8
+def _hugging_face() -> tuple[type, type]:
+    """(HopeHFConfig, HopeForCausalLM). Raises MissingExtra without the extra "lm"."""
+    from papers10.lm.hf import as_pretrained
+
+    return as_pretrained(HopeCausalLM, HopeConfig, "hope")
 
 
-def __getattr__(name: str) -> Any:
-    """`HopeForCausalLM` and `HopeHFConfig`, built at first use (extra "lm")."""
-    if name not in ("HopeForCausalLM", "HopeHFConfig"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not _HF:
-        from papers10.lm.hf import as_pretrained
-
-        configuration, model = as_pretrained(HopeCausalLM, HopeConfig, "hope")
-        _HF.update(HopeHFConfig=configuration, HopeForCausalLM=model)
-    return _HF[name]
+__getattr__, __dir__ = lazy_names(__name__, {_hugging_face: ("HopeHFConfig", "HopeForCausalLM")})
