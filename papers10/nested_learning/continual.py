@@ -6,18 +6,17 @@ Docs: https://papers10.github.io/papers10/01_nested_learning/continual.html.md""
 
 # %% auto #0
 __all__ = ['INCREMENTAL_ARMS', 'INCREMENTAL_RATES', 'CONTEXT_ARMS', 'CONTEXT_RATES', 'KNOWLEDGE_ARMS', 'KNOWLEDGE_RATES',
-           'IntentData', 'clinc150', 'banking77', 'dbpedia70', 'hub_rows', 'Tasks', 'text_features',
-           'incremental_tasks', 'Classifier', 'run_class_incremental', 'run_context_stream', 'recall_model',
-           'run_knowledge']
+           'IntentData', 'clinc150', 'banking77', 'dbpedia70', 'Tasks', 'text_features', 'incremental_tasks',
+           'Classifier', 'run_class_incremental', 'run_context_stream', 'recall_model', 'run_knowledge']
 
-# %% ../../nbs/01_nested_learning/11_continual.ipynb #79f3090c
+# %% ../../nbs/01_nested_learning/11_continual.ipynb #def392a8
 import copy
 import csv
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_range
-from ..core.data import DataMissing, LicenceNotAccepted, digits, locate
+from ..core.data import dataset_rows, digits, locate
 from ..core.loop import LoopConfig, TrainState, train
-from ..core.optional import need
 from ..core.random import generator, seeded
 from ..core.settings import settings
 from ..lm import tasks
@@ -38,7 +36,7 @@ from .continuum import ContinuumMemory, ContinuumState, LevelPlan, apply_weight,
 from .optimizers import MultiFrequencyOptimizer
 from .pretrained import cms_from_pretrained, stream
 
-# %% ../../nbs/01_nested_learning/11_continual.ipynb #b579f129
+# %% ../../nbs/01_nested_learning/11_continual.ipynb #9e757a4b
 class IntentData(NamedTuple):
     """Texts with classes: `train_texts`, `train_labels`, `test_texts`, `test_labels`, class `names`, and `groups`, the tasks as lists of classes."""
 
@@ -106,7 +104,7 @@ def dbpedia70(path: str | Path | None = None, *, train_size: int = 10_000, test_
 
     `path` folder with train.csv and test.csv (or DBPEDIA_train.csv, DBPEDIA_test.csv; columns text, l1, l2); None: PAPERS10_DATA/dbpedia70,
     else the hub (`DeveloperOats/DBPedia_Classes`, extra `lm`). Raises MissingExtra, DataMissing (missing, offline),
-    LicenceNotAccepted (gated), FileNotFoundError, ValueError for other columns.
+    LicenceNotAccepted (gated), FileNotFoundError, ValueError for other columns. Licence: unstated on its card.
     """
     check_range("train_size", train_size, 1)
     check_range("test_size", test_size, 1)
@@ -120,7 +118,7 @@ def dbpedia70(path: str | Path | None = None, *, train_size: int = 10_000, test_
             with open(_file(folder, f"{split}.csv", f"DBPEDIA_{split}.csv"), newline="", encoding="utf-8") as lines:
                 splits[split] = list(csv.DictReader(lines))
     else:
-        splits = {split: hub_rows("DeveloperOats/DBPedia_Classes", split) for split in ("train", "test")}
+        splits = {split: dataset_rows("DeveloperOats/DBPedia_Classes", split=split, instead="give the folder of a local copy as path=") for split in ("train", "test")}
     for split, rows in splits.items():
         if not len(rows) or not {"text", "l1", "l2"} <= set(rows[0]):
             raise ValueError(f"{split}: expected rows with the columns text, l1, l2, got {sorted(rows[0]) if len(rows) else 'no rows'}")
@@ -135,25 +133,6 @@ def dbpedia70(path: str | Path | None = None, *, train_size: int = 10_000, test_
 
     groups = [[number[name] for name in names if parents[name] == parent] for parent in sorted(set(parents.values()))]
     return IntentData("dbpedia70", *sample("train", train_size), *sample("test", test_size), names, groups)
-
-
-def hub_rows(id: str, split: str, *, revision: str = "main") -> list[dict[str, Any]]:
-    """Rows of a hub data set as mappings. Raises MissingExtra, DataMissing, LicenceNotAccepted, each with what to give instead."""
-    instead = "give the folder of a local copy as path="
-    if settings().offline:
-        raise DataMissing(f"{id}: PAPERS10_OFFLINE is set; unset it, or {instead}")
-    datasets = need("datasets", "lm", f"the data set {id}")
-    errors = need("huggingface_hub.errors", "lm")
-    try:
-        return list(datasets.load_dataset(id, split=split, revision=revision))
-    except errors.GatedRepoError as error:
-        raise LicenceNotAccepted(f"{id}: gated; accept its terms at https://huggingface.co/datasets/{id} and log in, or {instead}") from error
-    except (datasets.exceptions.DatasetNotFoundError, errors.RepositoryNotFoundError) as error:
-        gated = "gated" in str(error).lower()
-        kind = LicenceNotAccepted if gated else DataMissing
-        raise kind(f"{id}: {'gated' if gated else 'missing, or private'}; see https://huggingface.co/datasets/{id}, or {instead}") from error
-    except Exception as error:
-        raise DataMissing(f"{id}: could not be read from the hub ({type(error).__name__}: {error}); {instead}") from error
 
 # %% ../../nbs/01_nested_learning/11_continual.ipynb #4c042b64
 class Tasks(NamedTuple):

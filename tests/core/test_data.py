@@ -17,6 +17,7 @@ from papers10.core.data import (
     LicenceNotAccepted,
     Source,
     available,
+    dataset_rows,
     digits,
     fetch,
     licence,
@@ -245,6 +246,33 @@ def test_hub_source_without_the_package_names_the_extra(with_source, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"papers10\[lm\]"):
         fetch("rows")
+
+
+def test_hub_errors_say_why(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub.errors import GatedRepoError
+    from requests import Response
+
+    monkeypatch.delenv("PAPERS10_OFFLINE", raising=False)
+
+    def fails(error):
+        def load_dataset(*_, **__):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    response = Response()
+    response.status_code = 403
+    for error, kind, words in (
+        (datasets.exceptions.DatasetNotFoundError("no such set"), DataMissing, "a/b: missing on the hub"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset is gated"), LicenceNotAccepted, "a/b: gated"),
+        (GatedRepoError("gated", response=response), LicenceNotAccepted, "a/b: gated"),
+        (ConnectionError("no route"), DataMissing, "no route"),
+    ):
+        fails(error)
+        with pytest.raises(kind, match=words) as caught:
+            dataset_rows("a/b", instead="give the folder as path=")
+        assert "path=" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from papers10.core.data import DataMissing, LicenceNotAccepted, available
+from papers10.core.data import DataMissing, available
 from papers10.nested_learning import continual
 
 
@@ -57,33 +57,6 @@ def test_dbpedia_loader(tmp_path, monkeypatch):
         continual.dbpedia70()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         continual.dbpedia70(tmp_path / "absent")
-
-
-def test_hub_errors_say_why(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    from huggingface_hub.errors import GatedRepoError
-    from requests import Response
-
-    monkeypatch.delenv("PAPERS10_OFFLINE", raising=False)
-
-    def fails(error):
-        def load_dataset(*_, **__):
-            raise error
-
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-
-    response = Response()
-    response.status_code = 403
-    for error, kind, words in (
-        (datasets.exceptions.DatasetNotFoundError("no such set"), DataMissing, "a/b: missing"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset is gated"), LicenceNotAccepted, "a/b: gated"),
-        (GatedRepoError("gated", response=response), LicenceNotAccepted, "a/b: gated"),
-        (ConnectionError("no route"), DataMissing, "no route"),
-    ):
-        fails(error)
-        with pytest.raises(kind, match=words) as caught:
-            continual.hub_rows("a/b", "train")
-        assert "path=" in str(caught.value)
 
 
 @pytest.mark.parametrize("name, sizes", [("clinc150", (7500, 4500, 150, 10)), ("banking77", (10003, 3080, 77, 7))])
