@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/01_nested_learning/self_modifying_tita
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'AssociativeMemory', 'selfmod_chunk', 'SelfModifyingTitans']
 
-# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #6157e90b
+# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #6169deff
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.checks import NonFiniteError, check_choice, check_range
+from ..core.checks import NonFiniteError, check_choice, check_range, check_shape
 from ..kernels.gated_delta import gated_delta
 from ..lm.cache import Cache
 from ..lm.conv import causal_depthwise_conv
@@ -126,7 +126,7 @@ class AssociativeMemory(nn.Module):
         back = (error.transpose(1, 2) @ weights[1]) * self.slope(before)
         return [(k, back.transpose(1, 2)), (h.transpose(1, 2), error)]
 
-# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #d620de16
+# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #163a8967
 def selfmod_chunk(
     q: Float[Tensor, "batch time heads key"],
     k: Float[Tensor, "batch time heads key"],
@@ -154,9 +154,14 @@ def selfmod_chunk(
     Returns:
         (o [B, T, H, V], final state or None).
     Raises:
-        ValueError: a retention that is not positive, an unknown option, shapes that do not fit.
+        TypeError: not floating. ValueError: a retention that is not positive, an unknown option, shapes that do not fit.
     """
     check_choice("objective", objective, ["l2", "dot"])
+    dims = check_shape("k", k, "B T H K")
+    for name, signal, pattern in (("v_hat", v_hat, "B T H V"), ("eta", eta, "B T H"), ("alpha", alpha, "B T H")):
+        if not isinstance(signal, Tensor) or not signal.is_floating_point():
+            raise TypeError(f"{name}: expected a floating tensor, got {getattr(signal, 'dtype', type(signal).__name__)}")
+        check_shape(name, signal, pattern, dims)
     if alpha.numel() and not bool((alpha > 0).all()):
         raise ValueError(f"alpha: expected values > 0 (their logarithm is taken), got {float(alpha.min())}")
     out, state = gated_delta(
@@ -165,7 +170,7 @@ def selfmod_chunk(
     )
     return out, state if output_final_state else None
 
-# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #ea9f079a
+# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #d5be128e
 _VECTORS, _GATES = ("k", "v", "q"), ("eta", "alpha")
 _GATE_BOUND = 8.0
 _PREFIX = "titans."
@@ -357,7 +362,7 @@ class SelfModifyingTitans(nn.Module):
         check_range("num_heads", num_heads, 1)
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size} (or give head_dim), got {num_heads}")
-        head = head_dim or hidden_size // num_heads
+        head = check_range("head_dim", hidden_size // num_heads if head_dim is None else head_dim, 1)
         check_choice("memory", memory, ["linear", "mlp"])
         check_choice("objective", objective, ["l2", "dot"])
         check_choice("inner_optimizer", inner_optimizer, ["dgd", "gd"])

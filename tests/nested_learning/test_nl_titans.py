@@ -399,6 +399,11 @@ def test_with_dot_and_given_signals_the_chunk_does_not_matter(dgd):
     assert not torch.allclose(outs["l2", 1], outs["l2", 4])
     with pytest.raises(ValueError, match="alpha"):
         selfmod_chunk(q, k, v, eta, 0 * alpha, chunk_size=4)
+    for name, wrong in (("v_hat", v[:, :3]), ("eta", eta[..., None]), ("alpha", alpha[:, :3])):
+        with pytest.raises(ValueError, match=name):
+            selfmod_chunk(**dict(q=q, k=k, v_hat=v, eta=eta, alpha=alpha, chunk_size=4) | {name: wrong})
+    with pytest.raises(TypeError, match="eta"):
+        selfmod_chunk(q, k, v, eta.long(), alpha, chunk_size=4)
 
 
 def test_known_answers_of_one_key():
@@ -595,6 +600,7 @@ def test_stable_settings_are_silent():
     "options, error, text",
     [
         ({"hidden_size": 9}, ValueError, "num_heads"),
+        ({"head_dim": 0}, ValueError, "head_dim"),
         ({"chunk_size": 0}, ValueError, "chunk_size"),
         ({"chunk_size": (4, 6)}, ValueError, "divide"),
         ({"chunk_size": (4, 2, 1)}, ValueError, "chunk_size"),
