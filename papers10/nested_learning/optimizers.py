@@ -10,8 +10,9 @@ __all__ = ['NS_COEFFICIENTS', 'MOMENTUM_RULES', 'OUTPUTS', 'INNER_OBJECTIVES', '
            'deep_memory_gradient', 'GeneralizedMomentum', 'DeltaMomentum', 'DeepMomentum', 'delta_step', 'DGD',
            'split_group', 'MultiFrequencyOptimizer']
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #535821fa
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #5e75cf31
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -522,7 +523,7 @@ def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
         check_choice("argument", name, ("weight_decay", "foreach", "maximize", "differentiable", "check_finite"))
     return options
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #4a34e6b7
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #0ac91135
 BATCH_MODES = ("mean", "exact", "sequential")
 
 
@@ -605,7 +606,7 @@ class DGD(MemoryOptimizer):
         weight_decay: decoupled, times lr.
         fallback_lr: of the parameters that take plain SGD; they then form groups of their own. None: lr.
         gradient_scale: s, at least 0; the layer is asked for u = -s dL/dy. 1 is the paper; with lr / s it writes as SGD does with lr and erases s times less.
-        model: module whose layers are watched when parameters are given; without it inputs come from `capture` only.
+        model: module whose layers are watched when parameters are given; without it inputs come from `capture` only, and a step without any warns once.
         maximize, check_finite: see `MemoryOptimizer`.
 
     Raises:
@@ -638,6 +639,7 @@ class DGD(MemoryOptimizer):
         if fallback_lr is not None:
             check_range("fallback_lr", fallback_lr, 0.0)
         self._fallback_lr = fallback_lr
+        self._told = model is not None
         self._watched: dict[Tensor, nn.Module] = {}
         self._captured: dict[Tensor, list[tuple[Tensor, Tensor | None]]] = {}
         self._handles: list = []
@@ -721,6 +723,10 @@ class DGD(MemoryOptimizer):
             if lr * group["weight_decay"]:
                 weight.mul_(1 - lr * group["weight_decay"])
             if captured is None:
+                if not self._watched and not self._captured and not self._told and weight.dim() > 1:
+                    self._told = True
+                    warnings.warn("DGD.step: no layer is watched and no input was given to capture, so weights take plain SGD; pass the module itself, or "
+                                  "model= beside parameters", stacklevel=2)
                 weight.add_(gradient, alpha=-lr)
                 continue
             full, full_gradient = whole(weight).detach(), group["gradient_scale"] * whole(gradient)

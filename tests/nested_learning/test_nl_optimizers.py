@@ -376,6 +376,17 @@ def test_no_captured_input_is_an_error_and_hooks_go():
     assert not layer._forward_hooks, "the hook of an optimizer that is gone removes itself"
 
 
+def test_parameters_without_a_model_take_sgd_and_say_so():
+    layer = nn.Linear(3, 2)
+    optimizer = DGD(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    with pytest.warns(UserWarning, match="pass the module itself"):
+        layer(torch.ones(1, 3)).sum().backward()
+        weight_gradient = layer.weight.grad.clone()
+        optimizer.step()
+    assert torch.allclose(layer.weight, before - 0.1 * weight_gradient)
+
+
 def test_capture_by_hand_equals_the_hook():
     first, second = network(), network()
     watched, told = DGD(first[0], lr=0.1), DGD(second[0].parameters(), lr=0.1)
