@@ -13,12 +13,13 @@ __all__ = ['decompose', 'NestedSystem', 'Level', 'Problem', 'Transfer', 'Frequen
            'cms_from_pretrained', 'stream', 'Continuum', 'run_text_stream', 'HopeConfig', 'variant', 'HopeCausalLM',
            'HopeModel', 'HopeBlock', 'HopeAttentionBlock', 'HopeForCausalLM', 'HopeHFConfig', 'run_parity',
            'run_formal', 'run_recall', 'run_rebinding', 'run_curvature', 'run_race', 'toy_curvature',
-           'run_class_incremental', 'run_context_stream', 'run_knowledge', 'clinc150', 'banking77', 'dbpedia70']
+           'run_class_incremental', 'run_context_stream', 'run_knowledge', 'clinc150', 'banking77', 'dbpedia70',
+           'memory_flops', 'memory_state', 'continuum_flops', 'optimizer_cost', 'model_flops', 'bench_specs']
 
 # %% ../../nbs/01_nested_learning/api.ipynb #51c58a59
 from ..core.optional import lazy_names
 
-# %% ../../nbs/01_nested_learning/api.ipynb #a53e9320
+# %% ../../nbs/01_nested_learning/api.ipynb #ad15dd6c
 _HOME = {
     ".systems": ("decompose", "NestedSystem", "Level", "Problem", "Transfer", "Frequency", "Link"),
     ".memories": ("assoc_update", "dgd_step", "ggd_step", "attention_memory", "adam_memory", "adagrad_memory", "ema_share", "ema_terms", "chunk_write",
@@ -33,6 +34,7 @@ _HOME = {
     ".recall": ("run_parity", "run_formal", "run_recall", "run_rebinding"),
     ".races": ("run_curvature", "run_race", "toy_curvature"),
     ".continual": ("run_class_incremental", "run_context_stream", "run_knowledge", "clinc150", "banking77", "dbpedia70"),
+    ".benchmarks": ("memory_flops", "memory_state", "continuum_flops", "optimizer_cost", "model_flops", "bench_specs"),
 }
 __getattr__, __dir__ = lazy_names("papers10.nested_learning", _HOME)
 _all_ = ["decompose", "NestedSystem", "Level", "Problem", "Transfer", "Frequency", "Link", "assoc_update", "dgd_step", "ggd_step", "attention_memory", "adam_memory",
@@ -40,4 +42,5 @@ _all_ = ["decompose", "NestedSystem", "Level", "Problem", "Transfer", "Frequency
          "MultiFrequencyOptimizer", "newton_schulz", "M3", "m3_param_groups", "SelfModifyingTitans", "AssociativeMemory", "selfmod_chunk", "gated_delta",
          "self_modifying_scan", "ContinuumMemory", "ContinuumState", "update_cost", "cms_from_pretrained", "stream", "Continuum", "run_text_stream", "HopeConfig", "variant",
          "HopeCausalLM", "HopeModel", "HopeBlock", "HopeAttentionBlock", "HopeForCausalLM", "HopeHFConfig", "run_parity", "run_formal", "run_recall", "run_rebinding",
-         "run_curvature", "run_race", "toy_curvature", "run_class_incremental", "run_context_stream", "run_knowledge", "clinc150", "banking77", "dbpedia70"]
+         "run_curvature", "run_race", "toy_curvature", "run_class_incremental", "run_context_stream", "run_knowledge", "clinc150", "banking77", "dbpedia70",
+         "memory_flops", "memory_state", "continuum_flops", "optimizer_cost", "model_flops", "bench_specs"]
