@@ -126,7 +126,7 @@ class ContinuumMLP(nn.Module):
             total = total + fixed
         return self.dropout(total) if isinstance(getattr(self, "dropout", None), nn.Dropout) else total
 
-# %% ../../nbs/01_nested_learning/10_pretrained.ipynb #5f63f1d4
+# %% ../../nbs/01_nested_learning/10_pretrained.ipynb #b61a8771
 class Continuum:
     """The continuum memory that `cms_from_pretrained` made of a model's MLPs.
 
@@ -265,6 +265,7 @@ def cms_from_pretrained(model: nn.Module, chunk_sizes: Sequence[int], split: str
         what it computed before, and it has the same parameters.
 
     Raises:
+        TypeError: no module.
         ValueError: unknown options, more levels than layers or neurons, no MLP of a known layout, a model that has been
             cut already; "local", which has no target in a pretrained model.
 
@@ -279,6 +280,8 @@ def cms_from_pretrained(model: nn.Module, chunk_sizes: Sequence[int], split: str
     check_choice("meta", meta, ("reptile", "maml"))
     check_range("rho", rho, 0, 1)
     rates = per_level("lr", lr, len(sizes))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; load a checkpoint first, e.g. with from_pretrained")
     if hasattr(model, "continuum"):
         raise ValueError("model: expected one that has not been cut, got one with levels; load it again or pass the original")
     if not inplace:

@@ -306,6 +306,8 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=words):
             cms_from_pretrained(model, **options)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+        cms_from_pretrained("a checkpoint", (2,))
     with pytest.raises(ValueError, match="got none in Linear"):
         cms_from_pretrained(torch.nn.Linear(2, 2), (2,))
     with pytest.raises(ValueError, match="got neither"):
