@@ -204,6 +204,16 @@ def test_the_timed_optimizer_goes_on_from_step_to_step(every):
         assert relative_error(value, expected) <= TOLERANCES["float64"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_without_its_slow_memory_is_found_out(monkeypatch, dtype):
+    spec = SPECS["nl_optimizer_step"]
+    options = {"lr": benchmarks._RATE, "rms_scale": benchmarks._RMS, "alpha": 0.0}
+    monkeypatch.setattr(benchmarks, "_build_m3", lambda weights, *rest: M3(weights, **options))
+    for comparison in parity_cases(spec, ("torch",)):
+        with pytest.raises(AssertionError, match="exceeds"):
+            check_parity(spec, comparison._replace(case={**comparison.case, "dtype": dtype}))
+
+
 # -- whole models
 
 
