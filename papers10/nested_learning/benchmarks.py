@@ -192,7 +192,7 @@ def _scan_spec() -> KernelSpec:
         cases=[{"B": 2, "T": 21, "H": 2, "K": 8, "C": chunk, "eta_bias": -2} for chunk in (1, 16, 64)], limit=_scan_limit, make_inputs=_scan_inputs,
         bench_cases=[{**sizes, "C": chunk, "eta_bias": -7} for sizes in (small, large) for chunk in (64, 16, 1)], bytes_moved=_scan_bytes, unsupported=(("triton", "float64"),))
 
-# %% ../../nbs/01_nested_learning/13_cost.ipynb #13c62102
+# %% ../../nbs/01_nested_learning/13_cost.ipynb #a0583a7a
 _STATE = ("fast", "square", "slow", "gathered", "slow_output")
 _RATE, _BETAS, _ALPHA, _SLOW_BETA, _RMS, _EPS = 0.1, (0.9, 0.999), 0.5, 0.9, 0.2, 1e-8
 
@@ -220,10 +220,10 @@ def _m3_reference(slow_every: int, held: dict, **operands: Tensor) -> tuple[Tens
         dtype = torch.promote_types(weight.dtype, torch.float32)
         gradient, fast, square, slow, gathered, output = (value.to(dtype) for value in (gradient, fast, square, slow, gathered, output))
         if slow_every == 1:
-            output = newton_schulz(_SLOW_BETA * slow + (1 - _SLOW_BETA) * gathered, dtype=dtype)
+            output = newton_schulz(_SLOW_BETA * slow + (1 - _SLOW_BETA) * gathered, dtype=dtype, check_finite=False)
         fast = _BETAS[0] * fast + (1 - _BETAS[0]) * gradient
         square = _BETAS[1] * square + (1 - _BETAS[1]) * gradient.square()
-        update = (newton_schulz(fast, dtype=dtype) + _ALPHA * output) / ((square / (1 - _BETAS[1] ** 2)).sqrt() + _EPS)
+        update = (newton_schulz(fast, dtype=dtype, check_finite=False) + _ALPHA * output) / ((square / (1 - _BETAS[1] ** 2)).sqrt() + _EPS)
         rate = _RATE * _RMS * weight.numel() ** 0.5 / update.norm()
         results.append((weight.to(dtype) - rate * update).to(weight.dtype))
     return tuple(results)

@@ -66,7 +66,7 @@ def m3_param_groups(model: nn.Module, *, adamw: Sequence[str] = ()) -> list[dict
         groups["other" if flat or by_name or key in apart else "hidden"].append(parameter)
     return [{"name": name, "rule": rule, "params": groups[name]} for name, rule in (("hidden", "m3"), ("other", "adamw")) if groups[name]]
 
-# %% ../../nbs/01_nested_learning/04_m3.ipynb #2dc4cf84
+# %% ../../nbs/01_nested_learning/04_m3.ipynb #6ff09309
 RULES = ("m3", "adamw")
 
 
@@ -98,6 +98,8 @@ class M3(MemoryOptimizer):
 
     Source: Algorithm 1, Eq. 75; the form with moving averages, its defaults and the fallback are our choice.
     """
+
+    _own = ("ns_dtype", "share_work", "_fallback_lr")
 
     def __init__(
         self,
@@ -290,7 +292,7 @@ class M3(MemoryOptimizer):
         results: list = [None] * len(memories)
         for rows in same_shape(wide, group["foreach"]):
             stack = torch.stack([wide[row] for row in rows]) if len(rows) > 1 else wide[rows[0]][None]
-            output = newton_schulz(stack, group["ns_steps"], group["ns"], dtype=self.ns_dtype)
+            output = newton_schulz(stack, group["ns_steps"], group["ns"], dtype=self.ns_dtype, check_finite=False)
             for place, row in enumerate(rows):
                 matrix = output[place].mT if wide[row] is not matrices[row] else output[place]
                 results[row] = matrix.reshape(memories[row].shape)

@@ -10,7 +10,8 @@ __all__ = ['NS_COEFFICIENTS', 'MOMENTUM_RULES', 'OUTPUTS', 'INNER_OBJECTIVES', '
            'deep_memory_gradient', 'GeneralizedMomentum', 'DeltaMomentum', 'DeepMomentum', 'delta_step', 'DGD',
            'split_group', 'MultiFrequencyOptimizer']
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #5e75cf31
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #f64160ef
+import copy
 import math
 import warnings
 import weakref
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..core.checks import NonFiniteError, check_choice, check_range
 from ..core.distributed import gather_rows, world_size
 from ..core.random import generator
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #65ca1b6b
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #88935023
 def as_matrix(tensor: Tensor) -> Float[Tensor, "rows columns"]:
     """View of a weight as a matrix: [] -> [1, 1], [n] -> [n, 1], [o, ...] -> [o, rest].
 
@@ -77,10 +79,19 @@ class MemoryOptimizer(Optimizer):
 
     Raises:
         ValueError: flat shards (FSDP1, DeepSpeed), a value out of range. RuntimeError: sparse or complex gradients in `step`.
+
+    `copy.deepcopy` and `pickle` keep groups, state and options. As with every torch optimizer the copy moves copies of the parameters, so copy the model in the same call:
+    `model, optimizer = copy.deepcopy((model, optimizer))`.
     """
+
+    _own: tuple[str, ...] = ()  # attributes beside groups and state
 
     def __init__(self, params, defaults: dict):
         super().__init__(params, {"weight_decay": 0.0, "maximize": False, "differentiable": False, "check_finite": False, **defaults})
+
+    def __getstate__(self) -> dict:
+        # torch keeps groups and state only; a copy without the rest fails at its next step.
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; its values are checked, and it is left out when they are wrong."""
@@ -207,7 +218,7 @@ def erase(memory: Float[Tensor, "*batch rows columns"], gradient: Float[Tensor, 
     seen = (memory @ gradient.mT) @ gradient if rows <= columns else memory @ (gradient.mT @ gradient)
     return momentum * memory - coefficient * seen
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #44259336
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #49a10ffc
 NS_COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
 
 
@@ -218,6 +229,7 @@ def newton_schulz(
     eps: float = 1e-7,
     *,
     dtype: torch.dtype | None = None,
+    check_finite: bool = True,
 ) -> Float[Tensor, "*batch rows columns"]:
     """Matrix with the singular vectors of G and singular values near one; zero stays zero.
 
@@ -227,12 +239,14 @@ def newton_schulz(
         coeffs: "quintic", "cubic", or (a, b, c) of the step X <- a X + (b A + c A A) X, A = X X^T.
         eps: smallest Frobenius norm that is divided by.
         dtype: to compute in; None means bfloat16 for float32 and half inputs on a GPU, else at least float32.
+        check_finite: refuse NaN and infinity, which would fill the whole matrix; on a GPU this waits for G. The optimizers leave it out and look at gradients, when
+            told to (`MemoryOptimizer`). Never in a compiled function.
 
     Returns:
         Like G.
 
     Raises:
-        TypeError: not a floating tensor. ValueError: fewer than two dimensions, unknown coefficients, negative steps or eps.
+        TypeError: not a floating tensor. ValueError: fewer than two dimensions, unknown coefficients, negative steps or eps. NonFiniteError: see check_finite.
 
     Source: Eq. 43 and 44 (cubic); the quintic is Muon's.
     """
@@ -245,6 +259,8 @@ def newton_schulz(
     check_range("eps", eps, 0.0)
     if G.numel() == 0:
         return G.clone()
+    if check_finite and not torch.compiler.is_compiling() and not bool(torch.isfinite(G).all()):
+        raise NonFiniteError(f"G: expected finite values, got {int((~torch.isfinite(G)).sum())} of {G.numel()} that are not")
     if dtype is None:
         wide = torch.promote_types(G.dtype, torch.float32)
         dtype = torch.bfloat16 if G.is_cuda and wide == torch.float32 else wide
@@ -311,7 +327,7 @@ def deep_memory_gradient(first: Float[Tensor, "*batch hidden columns"], second: 
     inner = (error @ second) * (1 - hidden.square())
     return inner.mT @ rows, error.mT @ hidden
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #71ce5ca0
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #1fe5ce1a
 MOMENTUM_RULES = ("hebbian", "delta", "deep")
 OUTPUTS = ("identity", "newton_schulz", "sign", "tanh")
 INNER_OBJECTIVES = ("l2", "dot")
@@ -340,6 +356,8 @@ class GeneralizedMomentum(MemoryOptimizer):
 
     Source: Eq. 33, 47, 48 to 52.
     """
+
+    _own = ("feature_map", "preconditioner", "output")
 
     def __init__(
         self,
@@ -454,7 +472,7 @@ class GeneralizedMomentum(MemoryOptimizer):
         if "first" in state:
             memory = self._deep(group, state, u, write, memory)
         if group["output"] == "newton_schulz":
-            return lr * newton_schulz(memory, group["ns_steps"])
+            return lr * newton_schulz(memory, group["ns_steps"], check_finite=False)
         if group["output"] == "sign":
             return lr * memory.sign()
         if group["output"] == "tanh":
@@ -523,7 +541,7 @@ def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
         check_choice("argument", name, ("weight_decay", "foreach", "maximize", "differentiable", "check_finite"))
     return options
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #0ac91135
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #72e4b565
 BATCH_MODES = ("mean", "exact", "sequential")
 
 
@@ -595,6 +613,30 @@ def _output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     return g.reshape(len(g), module.groups, g.shape[1] // module.groups, -1).permute(1, 0, 3, 2).flatten(1, 2)
 
 
+class _InputHook:
+    """Forward hook of one `DGD` on one layer. Copied or pickled with the layer it belongs to no optimizer and does nothing."""
+
+    def __init__(self, optimizer: "DGD | None" = None):
+        self.owner = (lambda: None) if optimizer is None else weakref.ref(optimizer)
+
+    def __reduce__(self) -> tuple:
+        return _InputHook, ()
+
+    def __call__(self, layer: nn.Module, arguments: tuple, output: Tensor) -> None:
+        if self.owner() is None:
+            for key in [key for key, hook in layer._forward_hooks.items() if hook is self]:
+                del layer._forward_hooks[key]
+        elif torch.is_grad_enabled() and layer.weight.requires_grad and output.requires_grad:
+            inputs, weight = arguments[0].detach(), layer.weight
+
+            def backward_hook(gradient: Tensor) -> None:
+                optimizer = self.owner()
+                if optimizer is not None:
+                    optimizer._captured.setdefault(weight, []).append((_layer_rows(layer, inputs), _output_rows(layer, gradient.detach())))
+
+            output.register_hook(backward_hook)
+
+
 class DGD(MemoryOptimizer):
     """Delta gradient descent on the weights of linear and convolutional layers, plain SGD on everything else.
 
@@ -615,9 +657,13 @@ class DGD(MemoryOptimizer):
 
     Rows are counted when the backward pass reaches their layer; `step` and `zero_grad` forget them. With gradient clipping the write is clipped and the erasure is not.
     In several processes each watched weight needs a gradient in all of them or in none.
+    A deep copy watches the layers of the model's copy, so the model must be copied in the same call and first: `model, optimizer = copy.deepcopy((model, optimizer))`;
+    a copy without its model, and pickling, raise TypeError while layers are watched. A copied or pickled model alone is watched by nobody.
 
     Source: Eq. 54 to 57, 113 to 121 (with the corrected step size).
     """
+
+    _own = ("_fallback_lr", "_told")
 
     def __init__(
         self,
@@ -642,7 +688,7 @@ class DGD(MemoryOptimizer):
         self._told = model is not None
         self._watched: dict[Tensor, nn.Module] = {}
         self._captured: dict[Tensor, list[tuple[Tensor, Tensor | None]]] = {}
-        self._handles: list = []
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
         for module in model.modules() if model is not None else ():
             if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 self._watch(module)
@@ -660,24 +706,23 @@ class DGD(MemoryOptimizer):
 
     def _watch(self, module: nn.Module) -> None:
         self._watched[module.weight] = module
-        owner = weakref.ref(self)
+        self._hooks[module] = module.register_forward_hook(_InputHook(self))
 
-        def forward_hook(layer, arguments, output):
-            optimizer = owner()
-            if optimizer is None:
-                handle.remove()
-            elif torch.is_grad_enabled() and layer.weight.requires_grad and output.requires_grad:
-                inputs, weight = arguments[0].detach(), layer.weight
+    def __deepcopy__(self, memo: dict) -> "DGD":
+        if any(id(module) not in memo for module in self._hooks):
+            raise TypeError("DGD: a copy has to watch the layers of the model's copy, and the model was not copied before it; use model, optimizer = "
+                            "copy.deepcopy((model, optimizer)), or build DGD on the copied model and load the state dict")
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(super().__getstate__(), memo))
+        copied._watched, copied._captured, copied._hooks = {}, {}, {}
+        for module in self._hooks:
+            copied._watch(memo[id(module)])
+        return copied
 
-                def backward_hook(gradient):
-                    optimizer = owner()
-                    if optimizer is not None:
-                        optimizer._captured.setdefault(weight, []).append((_layer_rows(layer, inputs), _output_rows(layer, gradient.detach())))
-
-                output.register_hook(backward_hook)
-
-        handle = module.register_forward_hook(forward_hook)
-        self._handles.append(handle)
+    def __getstate__(self) -> dict:
+        if self._hooks:
+            raise TypeError("DGD: cannot be pickled while it watches the layers of a model; save state_dict() and load it into a DGD that is built on the model")
+        return {**super().__getstate__(), "_watched": {}, "_captured": {}, "_hooks": {}}
 
     def capture(self, weight: Tensor, inputs: Float[Tensor, "*batch columns"], output_gradient: Float[Tensor, "*batch rows"] | None = None) -> None:
         """Report inputs of a weight [o, i] that no watched layer owns, once a step.
@@ -694,9 +739,9 @@ class DGD(MemoryOptimizer):
 
     def remove_hooks(self) -> None:
         """Stop watching the model; later steps need `capture`, or are plain SGD."""
-        for handle in self._handles:
+        for handle in self._hooks.values():
             handle.remove()
-        self._handles.clear()
+        self._hooks.clear()
         self._watched.clear()
         self._captured.clear()
 
@@ -782,7 +827,7 @@ def split_group(param_group: dict, belongs: Callable[[Tensor], bool], fallback_l
     parts = [{**param_group, "params": kept}] if kept or not rest else []
     return parts + ([{**param_group, "params": rest, "lr": fallback_lr, **extra}] if rest else [])
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #4e705091
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #586893de
 class MultiFrequencyOptimizer(Optimizer):
     """Any optimizer, with levels of parameters that step at their own period on gathered gradients.
 
@@ -849,6 +894,9 @@ class MultiFrequencyOptimizer(Optimizer):
         """Move the levels whose period is not over, on what they have gathered so far."""
         with torch.no_grad():
             self._move([name for name, (_, period) in self.levels.items() if period > 1 and self.counts[name]], rest=False)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ("base_optimizer", "levels", "reduction", "gathered", "counts")}}
 
     def _move(self, due: Sequence[str], rest: bool) -> None:
         kept = {parameter: parameter.grad for group in self.param_groups for parameter in group["params"]}

@@ -1,8 +1,10 @@
 """Optimizers as memories: known values, exact solutions, captured inputs, state, shards, refusals."""
 
+import copy
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from papers10.core.checks import NonFiniteError
 from papers10.nested_learning.m3 import M3
 from papers10.nested_learning.optimizers import (
     BATCH_MODES,
@@ -164,6 +167,12 @@ def test_newton_schulz_refuses():
         newton_schulz(torch.zeros(2, 2), steps=-1)
     with pytest.raises(TypeError, match="steps"):
         newton_schulz(torch.zeros(2, 2), steps=1.5)
+    for wrong in (float("nan"), float("inf")):
+        G = torch.eye(3)
+        G[0, 1] = wrong
+        with pytest.raises(NonFiniteError, match="G: expected finite values, got 1 of 9 that are not"):
+            newton_schulz(G)
+        assert newton_schulz(G, check_finite=False).shape == (3, 3)
 
 
 # the delta memory
@@ -452,6 +461,61 @@ def test_state_dict_round_trip_in_the_middle(name):
     fresh = EVERY[name](other)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(walk(model, optimizer, 6), walk(other, fresh, 6))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_like_the_original(name, how):
+    model = network()
+    optimizer = EVERY[name](model)
+    walk(model, optimizer, 5)
+    if how == "pickle" and name == "dgd":
+        with pytest.raises(TypeError, match="cannot be pickled while it watches .* state_dict"):
+            pickle.dumps((model, optimizer))
+        return
+    both = (model, optimizer)
+    other, copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    # First the copy, then the original: neither moves the other.
+    ended, before = walk(other, copied, 6), walk(model, optimizer, 0)
+    assert not torch.equal(ended, before) and torch.equal(walk(model, optimizer, 6), ended)
+    assert torch.equal(walk(model, optimizer, 2), walk(other, copied, 2))
+
+
+def test_callables_and_options_of_a_copy():
+    model = network()
+    optimizer = GeneralizedMomentum(
+        model.parameters(), feature_map=torch.tanh, preconditioner=torch.neg, output=torch.sin
+    )
+    other, copied = copy.deepcopy((model, optimizer))
+    assert torch.equal(walk(model, optimizer, 4), walk(other, copied, 4))
+    m3 = copy.deepcopy(M3(network(), ns_dtype=torch.float64, share_work=True, fallback_lr=0.25))
+    m3.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert m3.ns_dtype == torch.float64 and m3.share_work and m3.param_groups[-1]["lr"] == 0.25
+
+
+def test_a_copied_dgd_watches_the_copied_model_or_is_refused():
+    model = network()
+    optimizer = DGD(model, lr=0.1, fallback_lr=0.01)
+    for alone in (optimizer, {"optimizer": optimizer, "model": model}):
+        with pytest.raises(TypeError, match=r"model, optimizer = copy.deepcopy\(\(model, optimizer\)\)"):
+            copy.deepcopy(alone)
+    other, copied = copy.deepcopy((model, optimizer))
+    task(other).backward()
+    assert not optimizer._captured and set(copied._captured) == {other[0].weight, other[2].weight}
+    assert len(copied.param_groups) == 2 and all(len(layer._forward_hooks) == 1 for layer in (other[0], other[2]))
+    copied.remove_hooks()
+    assert not other[0]._forward_hooks and model[0]._forward_hooks
+    unwatched = copy.deepcopy(DGD(network().parameters(), lr=0.1))
+    unwatched.capture(unwatched.param_groups[0]["params"][0], double(4, 6))
+
+
+def test_a_model_copied_or_pickled_without_its_dgd_is_watched_by_nobody():
+    model = network()
+    optimizer = DGD(model, lr=0.1)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        task(other).backward()
+        assert not optimizer._captured and not other[0]._forward_hooks
+    assert len(model[0]._forward_hooks) == 1
 
 
 @pytest.mark.parametrize("name", EVERY)
