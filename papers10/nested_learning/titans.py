@@ -126,7 +126,7 @@ class AssociativeMemory(nn.Module):
         back = (error.transpose(1, 2) @ weights[1]) * self.slope(before)
         return [(k, back.transpose(1, 2)), (h.transpose(1, 2), error)]
 
-# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #163a8967
+# %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #bb5cb8a1
 def selfmod_chunk(
     q: Float[Tensor, "batch time heads key"],
     k: Float[Tensor, "batch time heads key"],
@@ -142,33 +142,47 @@ def selfmod_chunk(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    check_finite: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The chunk-wise rule of equations 92 and 93 with given signals: a setting of `kernels.gated_delta`.
 
     Args:
-        q, k: queries and keys, the keys of unit length. v_hat: targets. eta, alpha: step >= 0 and retention in (0, 1].
+        q, k: queries and keys, the keys of unit length. v_hat: targets, all three of one dtype. eta, alpha: step >= 0 and retention in (0, 1], of any.
         initial_state: memory before the first token, None: 0 (its layout is the transpose of flash-linear-attention's).
         chunk_size: tokens that share the state at which the gradient is taken.
         objective: "l2" or "dot". dgd: erase along the key. read: "chunk", "causal" or "post".
         cu_seqlens: bounds of sequences packed along time, batch 1. backend: of `kernels.gated_delta`.
+        check_finite: refuse NaN and infinity in any input; on a GPU this waits for them. In a compiled function no value is looked at. (`SelfModifyingTitans` calls the
+            kernel itself and has its own `check_finite`.)
     Returns:
-        (o [B, T, H, V], final state or None).
+        (o [B, T, H, V] in the dtype of v_hat, final state or None).
     Raises:
-        TypeError: not floating. ValueError: a retention that is not positive, an unknown option, shapes that do not fit.
+        TypeError: not floating, q, k and v_hat of different dtypes. ValueError: eta < 0, alpha outside (0, 1], an unknown option, shapes that do not fit.
+        NonFiniteError: see check_finite; with the first token.
     """
     check_choice("objective", objective, ["l2", "dot"])
     dims = check_shape("k", k, "B T H K")
-    for name, signal, pattern in (("v_hat", v_hat, "B T H V"), ("eta", eta, "B T H"), ("alpha", alpha, "B T H")):
+    signals = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v_hat": (v_hat, "B T H V"), "eta": (eta, "B T H"), "alpha": (alpha, "B T H")}
+    for name, (signal, pattern) in signals.items():
         if not isinstance(signal, Tensor) or not signal.is_floating_point():
             raise TypeError(f"{name}: expected a floating tensor, got {getattr(signal, 'dtype', type(signal).__name__)}")
-        check_shape(name, signal, pattern, dims)
-    if alpha.numel() and not bool((alpha > 0).all()):
-        raise ValueError(f"alpha: expected values > 0 (their logarithm is taken), got {float(alpha.min())}")
+        dims = check_shape(name, signal, pattern, dims)
+        if pattern != "B T H" and signal.dtype != k.dtype:
+            raise TypeError(f"{name}: expected the dtype of k, {k.dtype}, got {signal.dtype}")
+    if not torch.compiler.is_compiling():
+        if check_finite:
+            for name, signal in {**{name: signal for name, (signal, _) in signals.items()}, "initial_state": initial_state}.items():
+                if isinstance(signal, Tensor) and not bool((finite := torch.isfinite(signal)).all()):
+                    token = None if name == "initial_state" else int((~finite).nonzero()[:, 1].min())
+                    raise NonFiniteError(f"{name}: expected finite values, got {int((~finite).sum())} of {signal.numel()} that are not", token=token)
+        for name, signal, right, wanted in (("eta", eta, eta >= 0, "steps >= 0"), ("alpha", alpha, (alpha > 0) & (alpha <= 1), "retentions in (0, 1], their logarithm is taken")):
+            if not bool(right.all()):
+                raise ValueError(f"{name}: expected {wanted}, got {signal[~right][0].item():g}")
     out, state = gated_delta(
         q, k, eta[..., None] * v_hat, eta if dgd else None, alpha.log(), initial_state, chunk_erase=eta if objective == "l2" else None,
         read=read, chunk_size=chunk_size, cu_seqlens=cu_seqlens, backend=backend,
     )
-    return out, state if output_final_state else None
+    return out.to(v_hat.dtype), state if output_final_state else None
 
 # %% ../../nbs/01_nested_learning/06_self_modifying_titans.ipynb #d5be128e
 _VECTORS, _GATES = ("k", "v", "q"), ("eta", "alpha")

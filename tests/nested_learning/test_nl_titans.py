@@ -386,6 +386,41 @@ def test_selfmod_chunk_gradients(objective, read):
     assert torch.autograd.gradcheck(call, (q, k, v, eta, alpha, memory))
 
 
+def test_selfmod_chunk_refuses_what_it_cannot_use():
+    q, k, v = (draw(1, 6, 2, 3, seed=i) for i in range(3))
+    good = dict(q=q, k=k, v_hat=v, eta=draw(1, 6, 2).sigmoid(), alpha=draw(1, 6, 2, seed=1).sigmoid(), chunk_size=4)
+    good["initial_state"] = draw(1, 2, 3, 3, seed=4)
+
+    def changed(name, value):
+        tensor = good[name].clone()
+        tensor[0, 1] = value
+        return {**good, name: tensor}
+
+    for name in ("q", "k", "v_hat", "eta", "alpha", "initial_state"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(NonFiniteError, match=f"{name}: expected finite values") as error:
+                selfmod_chunk(**changed(name, value))
+            assert error.value.token == (None if name == "initial_state" else 1)
+    assert not torch.isfinite(selfmod_chunk(**changed("v_hat", float("nan")), check_finite=False)[0]).all()
+    for name, value, text in (
+        ("alpha", 1.5, r"\(0, 1\].*got 1.5"),
+        ("alpha", -0.5, r"\(0, 1\]"),
+        ("eta", -0.5, "steps >= 0"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected .*{text}"):
+            selfmod_chunk(**changed(name, value), check_finite=False)
+    for name in ("q", "v_hat"):
+        with pytest.raises(TypeError, match=f"{name}: expected the dtype of k, torch.float64, got torch.float32"):
+            selfmod_chunk(**{**good, name: good[name].float()})
+
+
+def test_selfmod_chunk_answers_in_the_dtype_of_its_signals():
+    q, k, v = (F.normalize(draw(1, 6, 2, 4, seed=i), dim=-1).bfloat16() for i in range(3))
+    eta, alpha = draw(1, 6, 2).sigmoid().float(), draw(1, 6, 2, seed=1).sigmoid().float()
+    out, state = selfmod_chunk(q, k, v, eta, alpha, chunk_size=4, output_final_state=True)
+    assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dgd", [True, False])
 def test_with_dot_and_given_signals_the_chunk_does_not_matter(dgd):
     q, k, v = (F.normalize(draw(2, 9, 2, 4, seed=i), dim=-1) for i in range(3))
