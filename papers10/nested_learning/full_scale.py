@@ -700,7 +700,7 @@ def ask(model: nn.Module, tokenizer, questions: Sequence[Question], metric: str,
     means = {group: 100 * sum(values) / len(values) for group, values in scores.items()}
     return {**means, "average": sum(means.values()) / len(means)}
 
-# %% ../../nbs/01_nested_learning/12_full_scale.ipynb #7c60c152
+# %% ../../nbs/01_nested_learning/12_full_scale.ipynb #2d1fd34f
 KEPT_BYTES = {"attention": 85, "deltanet": 135, "titans": 155, "hope_attention": 125, "hope": 275, "self_modifying_titans": 230, "hope_deep": 1070}
 LICENCES = {
     **pretraining.LICENCES, **IMAGE_LICENCES, "meta-llama/Llama-3.2-3B": "Llama 3.2 licence, gated: accept its terms on the hub, then `hf auth login`",
@@ -745,7 +745,7 @@ def requirements(settings: FullScale) -> str:
     if settings.task == "levels":
         lines.append(f"model: {settings.base_model}, licence: {LICENCES.get(settings.base_model, 'see its card')}; about 2 days on 8 H100 for 3B parameters and 15 billion tokens; "
                      "without a licence: base_model=Qwen/Qwen2.5-0.5B or smollm2")
-    for name in settings.questions:
+    for name in settings.questions if settings.task != "images" else ():
         lines.append(f"questions: {name} ({EVALUATIONS[name].place}), licence: {EVALUATIONS[name].licence}")
     return "\n".join(lines)
 

@@ -347,6 +347,8 @@ def test_presets_of_the_chapter_are_settings(tmp_path):
     chapter = presets.load("nested-learning")
     for preset in ("smoke", "small", "paper"):
         full_scale.from_parameters(chapter.values(preset), device="cpu")
+    paper = full_scale.from_parameters(chapter.values("paper"), device="cuda")
+    assert paper == full_scale.paper_settings(), "the preset is the training that the page announces, needles included"
     smoke = full_scale.from_parameters(
         {**chapter.values("smoke"), "steps": 2, "warmup": 1, "val_tokens": 128}, device="cpu"
     )
@@ -364,6 +366,9 @@ def test_requirements_name_memory_hours_licences_and_gates():
     )
     assert "RMT-team/babilong" in said
     assert full_scale.memory_gb(full_scale.paper_settings("1.3B")) < 80
+    assert "questions: needle" in full_scale.requirements(full_scale.paper_settings())
+    images = replace(full_scale.paper_settings("86M"), questions=["needle"])
+    assert "questions" not in full_scale.requirements(images), "an image model is asked nothing"
     levels = full_scale.requirements(full_scale.paper_settings(task="levels"))
     assert "Llama 3.2 licence, gated" in levels and "Qwen/Qwen2.5-0.5B" in levels
 
