@@ -100,6 +100,23 @@ def test_token_eigenvalues():
             assert torch.allclose(recall.token_eigenvalues(layer, x), torch.tensor(expected).double(), atol=1e-9)
 
 
+@pytest.mark.parametrize("retention", [False, True])
+@pytest.mark.parametrize("rule", list(recall.MEMORY_RULES))
+def test_token_eigenvalues_are_those_of_the_layer(rule, retention):
+    layer, x = recall.titans_mixer(CONFIG, rule=rule, chunk_size=1, use_decay=retention).double(), noise(2, 1, 8)
+    # The state is affine in the memory it starts from: two starts that differ by the identity end a token later with alpha I - c eta k k^T between them.
+    ends = []
+    for start in (torch.zeros(4, 4), torch.eye(4)):
+        with torch.no_grad():
+            layer.memories["memory"].weight.copy_(start.expand(2, 4, 4))
+        cache = Cache(2)
+        layer(x, cache=cache)
+        ends.append(cache.layers[0]["titans.run"])
+    lowest = torch.linalg.eigvalsh(ends[1] - ends[0])[..., 0]
+    assert torch.allclose(lowest, recall.token_eigenvalues(layer, x)[..., 0], atol=1e-12)
+    assert lowest.min() >= -1 - 1e-12
+
+
 def test_self_referential_matrix_by_definition():
     layer, x = recall.SelfReferentialMatrix(CONFIG).double(), noise(1, 5, 8)
     inputs, heads = layer.in_proj(x).view(5, 2, 4).softmax(-1), []
