@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/core/results.html.md"""
 # %% auto #0
 __all__ = ['MetricRecord', 'ClaimVerdict', 'ResultRecord', 'Records', 'json_schemas', 'Result', 'number', 'Table', 'write_atomic',
            'validate', 'read_items', 'records', 'load', 'checkout_root', 'record_path', 'record', 'compare',
-           'claims_table', 'Capability', 'CapabilitiesFile', 'capabilities']
+           'metrics_table', 'claims_table', 'Capability', 'CapabilitiesFile', 'capabilities']
 
 # %% ../../nbs/shared/core/results.ipynb #11ac1e13
 import ast
@@ -333,6 +333,35 @@ def compare(a: Mapping[str, Any] | str | Path, b: Mapping[str, Any] | str | Path
                 row["low"], row["high"] = interval.low, interval.high
         rows.append(row)
     return Table(rows)
+
+# %% ../../nbs/shared/core/results.ipynb #6f2721a2
+def metrics_table(what: Mapping[str, Any] | str | Path, rows: Sequence[str], columns: Mapping[str, str], *, seeds: bool = False, label: str = "arm") -> Table:
+    """Metrics of a result: a row for each arm, a column for each metric.
+
+    Args:
+        what: a result, or what `load` takes; a slug gives the record. rows: names that stand in place of `{}`; "-" in them is "_" in a metric.
+        columns: heading -> name of the metric, such as {"forgotten": "incremental.{}.forgetting"}.
+        seeds: the value of every seed instead of the mean. label: heading of the first column.
+
+    Returns:
+        Table; "–" where a metric was not recorded or a seed failed.
+
+    Raises:
+        ConfigError: there is no such result. ValueError: none of the metrics was recorded, with the nearest name.
+    """
+    metrics = (what if isinstance(what, Mapping) else load(what))["metrics"]
+    names = {row: {heading: pattern.format(row.replace("-", "_")) for heading, pattern in columns.items()} for row in rows}
+    wanted = [name for found in names.values() for name in found.values()]
+    if not any(name in metrics for name in wanted):
+        raise ValueError(f"columns: expected at least one recorded metric, got {', '.join(wanted)}; the nearest is {nearest(wanted[0], list(metrics)) if wanted else None}")
+
+    def cell(name: str) -> Any:
+        metric = metrics.get(name)
+        if metric is None or not seeds:
+            return metric and metric["mean"]
+        return "  ".join("–" if value is None else f"{value:.3g}" for value in metric["by_seed"].values())
+
+    return Table([{label: row} | {heading: cell(name) for heading, name in found.items()} for row, found in names.items()])
 
 # %% ../../nbs/shared/core/results.ipynb #5d10bd5a
 def claims_table(slug: str, result: Mapping[str, Any] | None = None) -> Table:

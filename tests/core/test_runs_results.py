@@ -191,3 +191,14 @@ def test_the_unit_of_the_papers_number_stands_before_the_bracket(begin, tmp_path
     entry = 'paper: [{setting: "S", value: 49.29, baseline: 48.56, baseline_name: additive, unit: "%"}], tests:'
     path.write_text(path.read_text().replace("tests:", entry))
     assert results.claims_table("little").records[0]["paper"] == "S: 49.29 against 48.56 % (additive)"
+
+
+def test_metrics_side_by_side():
+    metrics = {"race.two_memories.loss": {"by_seed": {"0": 0.5, "1": None}, "mean": 0.5}, "race.one.loss": {"by_seed": {"0": 2.0, "1": 4.0}, "mean": 3.0}}
+    columns = {"loss": "race.{}.loss", "steps": "race.{}.steps"}
+    result = {"metrics": metrics}
+    table = results.metrics_table(result, ["two-memories", "one"], columns)
+    assert list(table) == [{"arm": "two-memories", "loss": 0.5, "steps": None}, {"arm": "one", "loss": 3.0, "steps": None}]
+    assert [row["loss"] for row in results.metrics_table(result, ["two-memories", "one"], columns, seeds=True)] == ["0.5  –", "2  4"]
+    with pytest.raises(ValueError, match="race.on.loss.*nearest is race.one.loss"):
+        results.metrics_table(result, ["on"], {"loss": "race.{}.loss"})
