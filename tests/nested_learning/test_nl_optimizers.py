@@ -389,9 +389,9 @@ def test_parameters_without_a_model_take_sgd_and_say_so():
     layer = nn.Linear(3, 2)
     optimizer = DGD(layer.parameters(), lr=0.1)
     before = layer.weight.detach().clone()
+    layer(torch.ones(1, 3)).sum().backward()
+    weight_gradient = layer.weight.grad.clone()
     with pytest.warns(UserWarning, match="pass the module itself"):
-        layer(torch.ones(1, 3)).sum().backward()
-        weight_gradient = layer.weight.grad.clone()
         optimizer.step()
     assert torch.allclose(layer.weight, before - 0.1 * weight_gradient)
 
@@ -571,6 +571,45 @@ def test_together_and_one_by_one_agree(name):
             group["foreach"] = foreach
         ends.append(walk(model, optimizer, 8))
     assert torch.allclose(*ends, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rule": "delta", "weight_decay": 0.1},
+        {"rule": "delta", "clamp": False, "maximize": True},
+        {"rule": "deep", "preconditioner": "adam"},
+        {"preconditioner": "adam", "output": "tanh"},
+        {"output": "newton_schulz"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "hebbian",
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_groups_put_together_move_like_groups_alone(options, dtype):
+    values = [(0.1, 0.9), (0.03, 0.5), (0.3, 0.0)]
+    shapes = [(4, 3), (4, 3), (5,)]
+    ends = []
+    for together in (True, False):
+        groups = [
+            {
+                "params": [nn.Parameter(double(*shape, seed=i).to(dtype)) for shape in shapes],
+                "lr": lr,
+                "momentum": momentum,
+            }
+            for i, (lr, momentum) in enumerate(values)
+        ]
+        optimizers = [
+            GeneralizedMomentum(part, **options) for part in ([groups] if together else [[group] for group in groups])
+        ]
+        weights = [weight for group in groups for weight in group["params"]]
+        for step in range(4):
+            for i, weight in enumerate(weights):
+                weight.grad = double(*weight.shape, seed=10 * step + i).to(dtype)
+            for optimizer in optimizers:
+                optimizer.step()
+        ends.append(torch.cat([weight.detach().flatten() for weight in weights]))
+    assert torch.allclose(*ends, **EXACT)
 
 
 @pytest.mark.parametrize("name", ["delta", "deep", "muon", "m3"])
