@@ -30,7 +30,7 @@ from ..core.checks import NonFiniteError, check_choice, check_range
 from ..core.distributed import gather_rows, world_size
 from ..core.random import generator
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #551a6c2f
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #88935023
 def as_matrix(tensor: Tensor) -> Float[Tensor, "rows columns"]:
     """View of a weight as a matrix: [] -> [1, 1], [n] -> [n, 1], [o, ...] -> [o, rest].
 
@@ -130,18 +130,11 @@ class MemoryOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            parts = []
             for group in self.param_groups:
                 weights = [weight for weight in group["params"] if weight.grad is not None]
                 if weights:
-                    parts.append((group, weights, [self._gradient(group, weight) for weight in weights]))
-            for group, weights, gradients in self._merged(parts):
-                self._update(group, weights, gradients)
+                    self._update(group, weights, [self._gradient(group, weight) for weight in weights])
         return loss
-
-    def _merged(self, parts: list[tuple[dict, list[Tensor], list[Tensor]]]) -> Iterable[tuple[dict, list[Tensor], list[Tensor]]]:
-        """(group, weights, gradients) as `_update` gets them; a rule may put groups together."""
-        return parts
 
     def _gradient(self, group: dict, weight: Tensor) -> Tensor:
         gradient = weight.grad
@@ -181,7 +174,7 @@ def same_shape(tensors: Sequence[Tensor], together: bool = True, limit: int = 1 
         size = max(1, limit // max(1, tensors[bucket[0]].numel()))
         yield from (bucket[start : start + size] for start in range(0, len(bucket), size))
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #f6b7e03d
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #af57e293
 def squared_norm_bound(gradient: Float[Tensor, "*batch rows columns"], *, largest: int = 4096) -> Float[Tensor, "*batch 1 1"]:
     """Upper bound of the squared spectral norm: the Schatten-8 norm, exact for rank one and at most rank^(1/4) too large.
 
@@ -203,13 +196,13 @@ def squared_norm_bound(gradient: Float[Tensor, "*batch rows columns"], *, larges
     return size * torch.linalg.vector_norm(unit @ unit, dim=(-2, -1), keepdim=True).sqrt()
 
 
-def erase(memory: Float[Tensor, "*batch rows columns"], gradient: Float[Tensor, "*batch rows columns"], momentum: float | Tensor = 0.9, delta_coef: float = 1.0,
+def erase(memory: Float[Tensor, "*batch rows columns"], gradient: Float[Tensor, "*batch rows columns"], momentum: float = 0.9, delta_coef: float = 1.0,
           clamp: bool = True) -> Float[Tensor, "*batch rows columns"]:
     """Retained part of the delta memory, m (alpha I - c G^T G).
 
     Args:
         memory, gradient: [..., rows, columns], equal shapes.
-        momentum: alpha, a number or [..., 1, 1]. delta_coef: c, at least 0.
+        momentum: alpha. delta_coef: c, at least 0.
         clamp: lower c so that all eigenvalues of the factor lie in [0, alpha].
 
     Returns:
@@ -221,7 +214,7 @@ def erase(memory: Float[Tensor, "*batch rows columns"], gradient: Float[Tensor, 
     coefficient: Tensor | float = delta_coef
     if clamp:
         bound = squared_norm_bound(gradient)
-        coefficient = (momentum * bound.clamp_min(torch.finfo(bound.dtype).tiny).reciprocal()).clamp_max(delta_coef)
+        coefficient = (momentum / bound.clamp_min(torch.finfo(bound.dtype).tiny)).clamp_max(delta_coef)
     seen = (memory @ gradient.mT) @ gradient if rows <= columns else memory @ (gradient.mT @ gradient)
     return momentum * memory - coefficient * seen
 
@@ -334,7 +327,7 @@ def deep_memory_gradient(first: Float[Tensor, "*batch hidden columns"], second: 
     inner = (error @ second) * (1 - hidden.square())
     return inner.mT @ rows, error.mT @ hidden
 
-# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #62a5e75e
+# %% ../../nbs/01_nested_learning/03_optimizers.ipynb #1fe5ce1a
 MOMENTUM_RULES = ("hebbian", "delta", "deep")
 OUTPUTS = ("identity", "newton_schulz", "sign", "tanh")
 INNER_OBJECTIVES = ("l2", "dot")
@@ -355,7 +348,7 @@ class GeneralizedMomentum(MemoryOptimizer):
         hidden, inner_lr, inner_objective: of the deep rule.
         ns_steps: of the output "newton_schulz".
         weight_decay: decoupled, times lr.
-        foreach: compute parameters of equal shape together, also those of groups that differ in lr and momentum only (not by the deep rule).
+        foreach: compute parameters of equal shape together.
         maximize, differentiable, check_finite: see `MemoryOptimizer`.
 
     Raises:
@@ -413,41 +406,22 @@ class GeneralizedMomentum(MemoryOptimizer):
         if group["hidden"] is not None:
             _count("hidden", group["hidden"], 1)
 
-    def _merged(self, parts):
-        alike: dict[Any, list] = {}
-        for group, weights, gradients in parts:
-            # Half precision would round a rate that is a tensor, and not one that is a number; the network's products round otherwise in a larger batch.
-            together = group["foreach"] and group["rule"] != "deep" and all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
-            key = tuple(group[name] for name in self.defaults if name not in ("lr", "momentum")) if together else id(group)
-            alike.setdefault(key, []).append((group, weights, gradients))
-        for found in alike.values():
-            if len(found) == 1:
-                yield found[0]
-            else:
-                each = {name: [group[name] for group, weights, _ in found for _ in weights] for name in ("lr", "momentum")}
-                yield {**found[0][0], **each}, [weight for _, weights, _ in found for weight in weights], [gradient for *_, gradients in found for gradient in gradients]
-
     def _update(self, group: dict, weights: list[Tensor], gradients: list[Tensor]) -> None:
-        several = isinstance(group["lr"], list)  # groups that were put together: a rate and a momentum for each weight
-        rates = [float(lr) for lr in group["lr"]] if several else [float(group["lr"])] * len(weights)
+        lr = float(group["lr"])
         for rows in same_shape(gradients, group["foreach"]):
             states = [self._state(group, weights[row]) for row in rows]
             stacked = {key: torch.stack([self._load(key, state) for state in states]) for key in states[0] if key != "step"}
             G = torch.stack([as_matrix(whole(gradients[row])) for row in rows]).to(stacked["memory"].dtype)
             steps = G.new_tensor([state["step"] + 1 for state in states]).view(-1, 1, 1)
-            lr, own = rates[rows[0]], group
-            if several:
-                lr, alpha = (G.new_tensor([values[row] for row in rows]).view(-1, 1, 1) for values in (rates, group["momentum"]))
-                own = {**group, "momentum": alpha}
-            change = self._rule(own, stacked, G, steps, lr)
+            change = self._rule(group, stacked, G, steps, lr)
             for place, row in enumerate(rows):
                 weight, state = weights[row], states[place]
                 state["step"] += 1
                 for key, values in stacked.items():
                     self._store(group, state, key, values[place], weight)
                 step = change[place].reshape(weight.shape).to(weight.dtype)
-                if rates[row] * group["weight_decay"]:
-                    weight.mul_(1 - rates[row] * group["weight_decay"])
+                if lr * group["weight_decay"]:
+                    weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(shard_like(step, weight) if is_sharded(weight) else step)
 
     def _state(self, group: dict, weight: Tensor) -> dict:
@@ -482,7 +456,7 @@ class GeneralizedMomentum(MemoryOptimizer):
         else:
             state[key].copy_(value)
 
-    def _rule(self, group: dict, state: dict[str, Tensor], G: Tensor, steps: Tensor, lr: float | Tensor) -> Tensor:
+    def _rule(self, group: dict, state: dict[str, Tensor], G: Tensor, steps: Tensor, lr: float) -> Tensor:
         alpha, scale_free = group["momentum"], group["output"] in ("newton_schulz", "sign")
         u = G if self.feature_map is None else self.feature_map(G)
         if u.shape != G.shape:
