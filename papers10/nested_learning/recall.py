@@ -81,7 +81,7 @@ def token_erase(rule: str, eta: Tensor) -> Tensor:
     options = MEMORY_RULES[check_choice("rule", rule, MEMORY_RULES)]
     return eta * (options["dgd"] + (options["objective"] == "l2"))
 
-# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #cf99408e
+# %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #a86d5455
 def titans_mixer(config, layer: int = 0, *, rule: str = "dgd-l2", self_modifying: bool = False, **options) -> SelfModifyingTitans:
     """`SelfModifyingTitans` as the mixer of a decoder.
 
@@ -120,10 +120,10 @@ def token_eigenvalues(layer: SelfModifyingTitans, x: Float[Tensor, "batch time w
         raise ValueError(f"layer: expected fixed projections, got adaptive {', '.join(layer.adaptive)}")
     x = x if layer.conv is None else causal_depthwise_conv(x, layer.conv)[0]
     z = layer.in_proj(x).unflatten(-1, (layer.heads, layer.head)).transpose(1, 2)
-    eta = layer.eta_max * (layer.memories["eta"].layers(z)[-1][..., 0] + layer.eta_bias[:, None]).sigmoid()
-    alpha = (layer.memories["alpha"].layers(z)[-1][..., 0] + layer.alpha_bias[:, None]).sigmoid() if layer.use_decay else torch.ones_like(eta)
-    eta = eta * (0.5 + 0.5 * alpha) if layer.dgd else eta
-    return alpha - eta * (layer.dgd + (layer.objective == "l2"))
+    # The layer's own signals, so that its bounds hold here too.
+    gates = ("eta", "alpha") if layer.use_decay else ("eta",)
+    signals = layer._finish(layer._signals({name: layer.memories[name].layers(z)[-1] for name in gates}))
+    return signals["alpha"].exp() - signals["eta"] * (layer.dgd + (layer.objective == "l2"))
 
 # %% ../../nbs/01_nested_learning/09_state_and_recall.ipynb #548934a2
 def _refuse_padding(valid) -> None:
