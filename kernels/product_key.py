@@ -71,16 +71,24 @@ def slot_write_reference(values: Float[Tensor, "..."], slots: Int[Tensor, "... R
     correction = torch.zeros(values.numel() // width, width, dtype=dtype, device=values.device).index_add(0, rows, corrections)
     return (values.to(dtype) - scale * correction.reshape(values.shape)).to(values.dtype)
 
-# %% ../nbs/kernels/product_key.ipynb #5125f784
+# %% ../nbs/kernels/product_key.ipynb #9ed88308
+def _tied(values: Tensor, best: Tensor) -> Tensor | None:
+    """The rows in which equal values (or NaN) leave open which are the best or in which order; None if there are none."""
+    tied = ~(best[..., 1:] < best[..., :-1]).all(-1)
+    below = values < best[..., -1:]
+    # At least k entries of a row are not below its k-th score; more are only where it ties.
+    if int(below.count_nonzero()) != below.numel() - best.numel():
+        tied |= below.sum(-1) < values.shape[-1] - best.shape[-1]
+    return tied if bool(tied.any()) else None
+
+
 def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest along the last axis: the higher value first, then the lower index; NaN counts as the highest."""
     best, index = torch.topk(values, k, dim=-1)
-    crowded = (~(values < best[..., -1:])).sum(-1) > k
-    if bool(crowded.any()):
-        index[crowded] = torch.sort(values[crowded], dim=-1, descending=True, stable=True).indices[..., :k]
-    index = index.sort(-1).values
-    best, order = torch.sort(values.gather(-1, index), dim=-1, descending=True, stable=True)
-    return best, index.gather(-1, order)
+    tied = _tied(values, best)
+    if tied is not None:
+        best[tied], index[tied] = (part[..., :k] for part in torch.sort(values[tied], dim=-1, descending=True, stable=True))
+    return best, index
 
 
 @functools.cache
@@ -109,11 +117,14 @@ def _topk_torch(q: Tensor, keys: Tensor, topk: int, score: str, eps: float) -> t
     best, index = _top(side, topk)
     best, index = (part.reshape(batch, heads, 2, tokens, topk).permute(0, 3, 1, 2, 4) for part in (best, index))
     first, second = _rank_pairs(topk)
-    slots, order = (index[..., 0, first] * n + index[..., 1, second]).sort(-1)
-    pairs = (best[..., 0, first] + best[..., 1, second]).gather(-1, order)
-    scores, order = torch.sort(pairs, dim=-1, descending=True, stable=True)
-    return (scores[..., :topk].contiguous(), slots.gather(-1, order[..., :topk]).contiguous(),
-            side.reshape(batch, heads, 2, tokens, n))
+    pairs, slots = best[..., 0, first] + best[..., 1, second], index[..., 0, first] * n + index[..., 1, second]
+    scores, place = torch.topk(pairs, topk, dim=-1)
+    tied = _tied(pairs, scores)
+    if tied is not None:
+        _, by_slot = slots[tied].sort(-1)
+        ordered, order = torch.sort(pairs[tied].gather(-1, by_slot), dim=-1, descending=True, stable=True)
+        scores[tied], place[tied] = ordered[..., :topk], by_slot.gather(-1, order[..., :topk])
+    return scores.contiguous(), slots.gather(-1, place), side.reshape(batch, heads, 2, tokens, n)
 
 
 def _spread_torch(grad_scores: Tensor, grad_side: Tensor, slots: Tensor, side: Tensor, score: str) -> Tensor:
@@ -535,10 +546,15 @@ _write_op.register_autograd(_write_gradients, setup_context=_keep_write)
 for _backward in (_topk_backward_op, _read_backward_op, _write_backward_op):
     _backward.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
-# %% ../nbs/kernels/product_key.ipynb #a8aad588
+# %% ../nbs/kernels/product_key.ipynb #befe85fd
 def _sparse_gradient(shape: torch.Size, rows: Tensor, gradient: Tensor) -> Tensor:
     index = rows[None] if len(shape) == 2 else torch.stack((rows // shape[1], rows % shape[1]))
-    return torch.sparse_coo_tensor(index, gradient, shape, check_invariants=False)
+    return torch.sparse_coo_tensor(index, gradient, shape, is_coalesced=True, check_invariants=False)
+
+
+def _rows_of(gradient: Tensor) -> Tensor:
+    index = gradient._indices()
+    return index[0] if index.shape[0] == 1 else index[0] * gradient.shape[1] + index[1]
 
 
 def _compact_sums(size: int, slots: Tensor, weights: Tensor, vectors: Tensor, like: Tensor, backend: str) -> Tensor:
@@ -593,10 +609,15 @@ class _WriteInPlace(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         slots, shares, error = ctx.saved_tensors
+        if grad.is_sparse and grad._nnz() > math.prod(grad.shape[:-1]) // 2:
+            # After many chunks a chain of rows would outgrow the table.
+            index, entries = _rows_of(grad), grad._values()
+            table = entries.new_zeros(grad.shape).view(-1, grad.shape[-1])
+            _SCATTER[ctx.backend](table, index[:, None], torch.ones_like(index[:, None], dtype=entries.dtype), entries, 1.0)
+            grad = table.view(grad.shape)
         if grad.is_sparse:
             rows, local = torch.unique(slots, return_inverse=True)
-            index, entries = grad._indices(), grad._values()
-            index = index[0] if index.shape[0] == 1 else index[0] * grad.shape[1] + index[1]
+            index, entries = _rows_of(grad), grad._values()
             place = torch.searchsorted(rows, index).clamp_max(rows.numel() - 1)
             place, slots = torch.where(rows[place] == index, place, -1)[:, None], local
             table = _compact_sums(rows.numel(), place, torch.ones_like(place, dtype=entries.dtype), entries, entries, ctx.backend)
@@ -688,7 +709,7 @@ def product_key_topk(q: Float[Tensor, "... H dk"], keys: Float[Tensor, "..."], t
     return (scores.reshape(*lead, heads, topk), slots.reshape(*lead, heads, topk),
             side.permute(0, 3, 1, 2, 4).reshape(*lead, heads, 2, n))
 
-# %% ../nbs/kernels/product_key.ipynb #ed44906f
+# %% ../nbs/kernels/product_key.ipynb #91054d44
 def _check_slots(values: Tensor, slots: Tensor, weights: Tensor, error: Tensor | None = None, counts: Tensor | None = None) -> None:
     _check_tensor("values", values, values)
     _check_tensor("slots", slots, values, whole=True)
@@ -809,7 +830,8 @@ def slot_write(values: Float[Tensor, "..."], slots: Int[Tensor, "... R"], weight
         values: the memory, `[N, dv]`, or `[B, N, dv]` when every sample (first dimension of `slots`) has its own.
         slots: rows, `[..., R]`, integers from 0 to N - 1. Without a gradient.
         weights: `[..., R]`, those of the read.
-        error: what was read minus what should have been read, times the token's gate, `[..., dv]`.
+        error: what was read minus what should have been read, times the token's gate, `[..., dv]`. A NaN reaches the rows that its
+            token names; give such a token weights and error 0.
         scale: step size; any finite number.
         counts: R_i for each entry, `[..., R]`, numbers >= 1 (see `slot_counts`), without a gradient. Default: the entries of `slots` themselves.
         inplace: write into `values` itself and return it. Then no tensor of its size is made, forward or backward, if the reads were
