@@ -6,7 +6,7 @@ Docs: https://papers10.github.io/papers10/kernels/product_key.html.md"""
 
 # %% auto #0
 __all__ = ['SPEC', 'product_key_topk_reference', 'slot_read_reference', 'slot_write_reference', 'product_key_topk', 'slot_read',
-           'slot_counts', 'slot_write', 'product_key_bytes']
+           'slot_counts', 'slot_write', 'slot_scan_reference', 'slot_scan', 'product_key_bytes']
 
 # %% ../nbs/kernels/product_key.ipynb #a0ace0de
 import functools
@@ -709,8 +709,9 @@ def product_key_topk(q: Float[Tensor, "... H dk"], keys: Float[Tensor, "..."], t
     return (scores.reshape(*lead, heads, topk), slots.reshape(*lead, heads, topk),
             side.permute(0, 3, 1, 2, 4).reshape(*lead, heads, 2, n))
 
-# %% ../nbs/kernels/product_key.ipynb #91054d44
-def _check_slots(values: Tensor, slots: Tensor, weights: Tensor, error: Tensor | None = None, counts: Tensor | None = None) -> None:
+# %% ../nbs/kernels/product_key.ipynb #ed23ae93
+def _check_slots(values: Tensor, slots: Tensor, weights: Tensor, error: Tensor | None = None, counts: Tensor | None = None,
+                 names: tuple[str, ...] = ("error",)) -> None:
     _check_tensor("values", values, values)
     _check_tensor("slots", slots, values, whole=True)
     _check_tensor("weights", weights, values)
@@ -722,9 +723,9 @@ def _check_slots(values: Tensor, slots: Tensor, weights: Tensor, error: Tensor |
     if weights.shape != slots.shape:
         raise ValueError(f"weights: expected the shape of slots, {list(slots.shape)}, got {list(weights.shape)}")
     if error is not None:
-        _check_tensor("error", error, values)
+        _check_tensor(names[0], error, values)
         if tuple(error.shape) != (*slots.shape[:-1], values.shape[-1]):
-            raise ValueError(f"error: expected shape {[*slots.shape[:-1], values.shape[-1]]} for slots {list(slots.shape)} and values {list(values.shape)}, got {list(error.shape)}")
+            raise ValueError(f"{names[0]}: expected shape {[*slots.shape[:-1], values.shape[-1]]} for slots {list(slots.shape)} and values {list(values.shape)}, got {list(error.shape)}")
     if counts is not None:
         if not isinstance(counts, Tensor) or counts.shape != slots.shape:
             raise ValueError(f"counts: expected the shape of slots, {list(slots.shape)} (see slot_counts), got {list(getattr(counts, 'shape', [type(counts).__name__]))}")
@@ -735,6 +736,13 @@ def _check_slots(values: Tensor, slots: Tensor, weights: Tensor, error: Tensor |
             raise IndexError(f"slots: expected numbers from 0 to {values.shape[-2] - 1}, got {low if low < 0 else high}")
         if counts is not None and not bool((counts >= 1).all()):
             raise ValueError(f"counts: expected numbers >= 1, got {counts.min().item()}")
+
+
+def _check_step(values: Tensor, scale: float, inplace: bool) -> None:
+    if isinstance(scale, Tensor) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if inplace and (not values.is_contiguous() or (values.requires_grad and values.is_leaf and torch.is_grad_enabled())):
+        raise ValueError("inplace: expected a contiguous table that is no leaf with a gradient; write into values.clone(), or use inplace=False")
 
 
 def slot_read(values: Float[Tensor, "..."], slots: Int[Tensor, "... R"], weights: Float[Tensor, "... R"], *, keep: str = "table",
@@ -852,14 +860,11 @@ def slot_write(values: Float[Tensor, "..."], slots: Int[Tensor, "... R"], weight
     Source: Fast-weight Product Key Memory (arXiv 2601.00671), equations 13 to 15; backward derived on this page.
     """
     _check_slots(values, slots, weights, error, counts)
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    _check_step(values, scale, inplace)
     slots = slots.long()
     chosen = _choose(backend, values, "product_key", values, weights, error)
     if inplace and chosen == "reference":
         raise ValueError("inplace: expected False for backend='reference', got True")
-    if inplace and (not values.is_contiguous() or (values.requires_grad and values.is_leaf and torch.is_grad_enabled())):
-        raise ValueError("inplace: expected a contiguous table that is no leaf with a gradient; write into values.clone(), or use inplace=False")
     if inplace and slots.numel() == 0:
         return values
     if chosen == "reference" or slots.numel() == 0:
@@ -872,7 +877,137 @@ def slot_write(values: Float[Tensor, "..."], slots: Int[Tensor, "... R"], weight
         return _WriteInPlace.apply(values, rows, shares, vectors, float(scale), chosen)
     return _write_op(values.reshape(-1, values.shape[-1]).contiguous(), rows, shares, vectors, float(scale), chosen).reshape(values.shape)
 
-# %% ../nbs/kernels/product_key.ipynb #18f86884
+# %% ../nbs/kernels/product_key.ipynb #c3a6c072
+def slot_scan_reference(values: Float[Tensor, "..."], slots: Int[Tensor, "... T R"], weights: Float[Tensor, "... T R"], target: Float[Tensor, "... T dv"],
+                        gate: Float[Tensor, "... T"], *, chunk_size: int, scale: float, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk with the references of read and write, differentiable to any order. Arguments as for `slot_scan`."""
+    reads = []
+    for start in range(0, slots.shape[-2], chunk_size):
+        part = slice(start, start + chunk_size)
+        own, share = slots[..., part, :], weights[..., part, :]
+        read = slot_read_reference(values, own, share)
+        error = gate[..., part, None] * (read - target[..., part, :])
+        values = slot_write_reference(values, own, share, error, scale=scale, counts=None if counts is None else counts[..., part, :])
+        reads.append(read)
+    return (torch.cat(reads, -2) if reads else slot_read_reference(values, slots, weights)), values * 1
+
+
+class _Scan(torch.autograd.Function):
+    """The chunks of a sequence; the backward pass walks them from the end."""
+
+    @staticmethod
+    def forward(ctx, values, slots, weights, target, gate, counts, chunk_size, scale, inplace, backend):
+        state = values if inplace else values.clone()
+        table, dtype = state.detach().view(-1, values.shape[-1]), _wide(values, weights, target, gate)
+        out, kept = torch.empty(target.shape, dtype=values.dtype, device=values.device), []
+        for part in _chunks(slots.shape[-2], chunk_size):
+            own, share, y, g = _of_chunk(part, slots, weights, target, gate)
+            read = _GATHER[backend](table, own, share).to(values.dtype)
+            out[..., part, :] = read.reshape(out[..., part, :].shape)
+            readers = _readers(own, table.shape[0]) if counts is None else _of_chunk(part, counts)[0]
+            if any(ctx.needs_input_grad):
+                rows, local = torch.unique(own, return_inverse=True)
+                kept += [rows, local, _rows(table, rows), readers]
+            error = g.to(dtype)[:, None] * (read.to(dtype) - y)
+            _SCATTER[backend](table, own, share.to(dtype) / readers, error, -scale)
+        if inplace:
+            ctx.mark_dirty(values)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weights, target, gate, out, *kept)
+        ctx.options = chunk_size, scale, backend, dtype, values.shape, values.dtype
+        return out, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_state):
+        weights, target, gate, out, *kept = ctx.saved_tensors
+        chunk_size, scale, backend, dtype, shape, own_dtype = ctx.options
+        logs = [kept[place:place + 4] for place in range(0, len(kept), 4)]
+        touched = torch.unique(torch.cat([log[0] for log in logs]))
+        if grad_state is not None:
+            grad_state = (grad_state.to_dense() if grad_state.is_sparse else grad_state).reshape(-1, shape[-1])
+            table = _rows(grad_state, touched).to(dtype)
+        else:
+            table = torch.zeros(touched.numel(), shape[-1], dtype=dtype, device=weights.device)
+        results = [torch.empty_like(tensor) for tensor in (weights, target, gate)]
+        for part, (rows, local, old, readers) in reversed(list(zip(_chunks(weights.shape[-2], chunk_size), logs))):
+            share, y, g, read = _of_chunk(part, weights, target, gate, out)
+            place, g, share = torch.searchsorted(touched, rows)[local], g.to(dtype)[:, None], share.to(dtype)
+            gap = read.to(dtype) - y
+            grad_error = _GATHER[backend](table, place, share / readers).mul_(-scale)
+            grad_share = _DOTS[backend](table, place, g * gap).mul_(-scale).div_(readers)
+            grad_read = g * grad_error
+            results[1][..., part, :] = -grad_read.reshape(target[..., part, :].shape)
+            results[2][..., part] = (grad_error * gap).sum(-1).reshape(gate[..., part].shape)
+            if grad_out is not None:
+                grad_read = grad_read + _of_chunk(part, grad_out)[0]
+            grad_share += _DOTS[backend](old, local, grad_read)
+            results[0][..., part, :] = grad_share.reshape(weights[..., part, :].shape)
+            if part.start or ctx.needs_input_grad[0]:
+                _SCATTER[backend](table, place, share, grad_read, 1.0)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            dense = weights.new_zeros(math.prod(shape[:-1]), shape[-1], dtype=own_dtype) if grad_state is None else grad_state.to(own_dtype).clone()
+            grad_values = dense.index_copy_(0, touched, table.to(own_dtype)).reshape(shape)
+        return grad_values, None, *results, None, None, None, None, None
+
+
+def _chunks(tokens: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _of_chunk(part: slice, *tensors: Tensor) -> list[Tensor]:
+    """The tokens of a chunk of all samples, flattened; the second tensor dimension is that of an entry, if there is one."""
+    dim = tensors[0].dim() - 2
+    return [tensor.narrow(dim, part.start, part.stop - part.start).flatten(0, dim).contiguous() for tensor in tensors]
+
+
+def slot_scan(values: Float[Tensor, "..."], slots: Int[Tensor, "... T R"], weights: Float[Tensor, "... T R"], target: Float[Tensor, "... T dv"],
+              gate: Float[Tensor, "... T"], *, chunk_size: int, scale: float, counts: Tensor | None = None, inplace: bool = False,
+              backend: str = "auto") -> tuple[Float[Tensor, "... T dv"], Float[Tensor, "..."]]:
+    """Reads and writes a sequence chunk by chunk: all tokens of a chunk read, then the chunk is written.
+
+    Args:
+        values: the memory, `[N, dv]`, or `[B, N, dv]` when every sample (first dimension of `slots`) has its own. With `[N, dv]` the
+            samples share it: their tokens at the same times make one chunk.
+        slots: rows, `[..., T, R]`, integers from 0 to N - 1. Without a gradient.
+        weights: `[..., T, R]`.
+        target: what a token's read should have been, `[..., T, dv]`.
+        gate: `[..., T]`, the error is `gate (read - target)`. With gate 0 a token writes nothing; what multiplies the step of single
+            tokens belongs here.
+        chunk_size: tokens of a chunk, >= 1; the last may be shorter.
+        scale: step size; any finite number.
+        counts: R_i for each entry, `[..., T, R]`, numbers >= 1, without a gradient. Default: all entries of the chunk, written or not.
+        inplace: write into `values` itself, which must be contiguous and no leaf that requires a gradient.
+        backend: "auto", "reference", "torch" or "triton" (CUDA; refuses float64).
+
+    Returns:
+        The reads, `[..., T, dv]`, and the memory after the last chunk, both in the dtype of `values`.
+
+    Raises:
+        As `slot_write`. A second derivative is refused; the reference has one. `torch.compile` breaks its graph here.
+
+    Source: Fast-weight Product Key Memory (arXiv 2601.00671), sections 3.4 and 3.5; backward derived on this page.
+    """
+    _check_slots(values, slots, weights, target, counts, names=("target",))
+    if slots.dim() < values.dim():
+        raise ValueError(f"slots: expected shape [..., T, R] for values {list(values.shape)}, got {list(slots.shape)}")
+    _check_tensor("gate", gate, values)
+    if gate.shape != slots.shape[:-1]:
+        raise ValueError(f"gate: expected shape {list(slots.shape[:-1])}, got {list(gate.shape)}")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected a whole number >= 1, got {chunk_size!r}")
+    _check_step(values, scale, inplace)
+    chosen = _choose(backend, values, "product_key", values, weights, target, gate)
+    if inplace and chosen == "reference":
+        raise ValueError("inplace: expected False for backend='reference', got True")
+    slots = slots.long()
+    if chosen == "reference" or slots.numel() == 0:
+        out, state = slot_scan_reference(values, slots, weights, target, gate, chunk_size=chunk_size, scale=scale, counts=counts)
+        return out, values if inplace else state
+    return _Scan.apply(values.contiguous(), _flat_slots(values, slots), weights, target, gate, counts, chunk_size, float(scale), inplace, chosen)
+
+# %% ../nbs/kernels/product_key.ipynb #a4b4387b
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -889,6 +1024,8 @@ def product_key_bytes(case: dict) -> float:
     rows = case["R"] * once
     if case["op"] == "slot_read":
         return rows + once + lists if forward else table + 3 * rows + once + 2 * lists
+    if case["op"] == "slot_scan":
+        return 2 * table + 3 * rows + 2 * once + lists if forward else table + 5 * rows + 4 * once + 2 * lists
     return 2 * table + 2 * rows + once + lists if forward else rows + 2 * once + 2 * lists
 
 
@@ -917,13 +1054,19 @@ def _make_inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.G
         return {"q": q, "keys": keys, "topk": case["k"], "score": case["score"]}
     slots = torch.randint(case["N"], (*lead, case["R"]), generator=generator).to(device)
     inputs = {"values": normal(*own, case["N"], case["dv"]), "slots": slots, "weights": normal(*lead, case["R"]).sigmoid()}
+    if case["op"] == "slot_scan":
+        inputs |= {"target": normal(*lead, case["dv"]), "gate": normal(*lead).sigmoid(), "chunk_size": case["C"], "scale": 0.5}
+        if case.get("shared"):
+            inputs["values"] = inputs["values"][0]
+        if case.get("counted"):
+            inputs["counts"] = torch.randint(1, 5, slots.shape, generator=generator).to(device)
     if case["op"] == "slot_write":
         inputs |= {"error": normal(*lead, case["dv"]), "scale": 0.7}
         if case.get("counted"):
             inputs["counts"] = torch.randint(1, 5, slots.shape, generator=generator).to(device)
     return inputs
 
-# %% ../nbs/kernels/product_key.ipynb #83c15b03
+# %% ../nbs/kernels/product_key.ipynb #366411d6
 def _peer_plain():
     from papers10.kernels.common import CaseNotSupported
 
@@ -949,7 +1092,7 @@ def _peer_bag():
     from papers10.kernels.common import CaseNotSupported
 
     def bag(**operands):
-        if "values" not in operands or "error" in operands or operands["values"].dim() == 3:
+        if "values" not in operands or "error" in operands or "gate" in operands or operands["values"].dim() == 3:
             raise CaseNotSupported("it only reads one table")
         slots, weights = operands["slots"], operands["weights"]
         out = torch.nn.functional.embedding_bag(slots.flatten(0, -2), operands["values"], mode="sum", per_sample_weights=weights.flatten(0, -2))
@@ -958,7 +1101,7 @@ def _peer_bag():
 
 
 def _peer_compile():
-    by_operand = {"q": product_key_topk_reference, "error": slot_write_reference, "values": slot_read_reference}
+    by_operand = {"q": product_key_topk_reference, "gate": slot_scan_reference, "error": slot_write_reference, "values": slot_read_reference}
     compiled = {name: torch.compile(function, dynamic=False) for name, function in by_operand.items()}
     return lambda **operands: compiled[next(name for name in by_operand if name in operands)](**operands)
 
@@ -1002,13 +1145,17 @@ def _cases() -> list[dict]:
             for B, T, N, dv, R, layout, more in (
                 (0, 5, 7, 3, 2, "contiguous", {}), (2, 6, 9, 5, 3, "strided", {"counted": True}), (0, 40, 3, 33, 4, "strided", {}), (3, 2, 11, 1, 1, "contiguous", {}),
                 (0, 0, 4, 2, 3, "contiguous", {}), (0, 3, 5, 600, 2, "contiguous", {"counted": True}))]
+    slot += [{"op": "slot_scan", "B": B, "T": T, "N": N, "dv": dv, "R": R, "C": C, "layout": layout, **more}
+             for B, T, N, dv, R, C, layout, more in (
+                 (0, 7, 9, 5, 2, 3, "contiguous", {}), (2, 6, 5, 3, 2, 2, "strided", {"counted": True}), (2, 5, 8, 4, 3, 4, "contiguous", {"shared": True}),
+                 (0, 0, 4, 2, 3, 2, "contiguous", {}))]
     return [{**case, "dtype": dtype} for dtype in ("float32", "float64", "bfloat16", "float16") for case in topk + slot]
 
 
 SPEC = register(KernelSpec(
     name="product_key",
-    ops={"product_key_topk": product_key_topk, "slot_read": slot_read, "slot_write": slot_write},
-    references={"product_key_topk": product_key_topk_reference, "slot_read": slot_read_reference, "slot_write": slot_write_reference},
+    ops={"product_key_topk": product_key_topk, "slot_read": slot_read, "slot_write": slot_write, "slot_scan": slot_scan},
+    references={"product_key_topk": product_key_topk_reference, "slot_read": slot_read_reference, "slot_write": slot_write_reference, "slot_scan": slot_scan_reference},
     backends=_OFFERED,
     peers={"torch.topk, k² pairs": _peer_plain, "F.embedding_bag": _peer_bag, "torch.compile": _peer_compile},
     cases=_cases(),

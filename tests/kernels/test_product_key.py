@@ -17,6 +17,8 @@ from papers10.kernels.product_key import (
     slot_counts,
     slot_read,
     slot_read_reference,
+    slot_scan,
+    slot_scan_reference,
     slot_write,
     slot_write_reference,
 )
@@ -265,6 +267,94 @@ def test_gradient_through_writes_against_finite_differences():
     )
     operands = [tensor.requires_grad_() for tensor in operands]
     assert torch.autograd.gradcheck(lambda *o: chain(start.clone(), *o, 3, True), operands)
+
+
+def sequence(own, tokens=11, entries=3, rows=40, width=4, dtype=torch.float64):
+    lead = (2,) if own is not None else ()
+    values = draw(*(lead if own else ()), rows, width, dtype=dtype)
+    floats = [
+        draw(*lead, *shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate(((tokens, entries), (tokens, width), (tokens,)), 1)
+    ]
+    return values, chosen(tokens, entries, rows, lead=lead), [tensor.requires_grad_() for tensor in floats]
+
+
+@pytest.mark.parametrize("own", [None, False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("final", [0.0, 1.0])
+def test_a_scan_is_its_chunks_one_after_the_other(own, inplace, counted, final):
+    values, slots, floats = sequence(own)
+    values.requires_grad_()
+    counts = slot_counts(slots) if counted else None
+    found = []
+    for function, options in ((slot_scan, {"inplace": inplace}), (slot_scan_reference, {})):
+        reads, state = function(values.clone(), slots, *floats, chunk_size=4, scale=0.7, counts=counts, **options)
+        loss = reads.sin().sum() + final * state.square().sum()
+        found.append([reads, state, *torch.autograd.grad(loss, (values, *floats), retain_graph=True)])
+        for a, b in zip(found[-1][2:], torch.autograd.grad(loss, (values, *floats))):
+            assert torch.equal(a, b)
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_gradient_of_a_scan_against_finite_differences():
+    values, slots, floats = sequence(None, tokens=5, entries=2, rows=4, width=2)
+    assert torch.autograd.gradcheck(
+        lambda values, *o: slot_scan(values, slots, *o, chunk_size=2, scale=0.7), (values.requires_grad_(), *floats)
+    )
+
+
+def test_a_scan_does_not_see_its_own_chunk_nor_later_ones():
+    values, slots, floats = sequence(None, rows=6)
+    weights, target, gate = (tensor.detach() for tensor in floats)
+    reads, _ = slot_scan(values, slots, weights, target, gate, chunk_size=4, scale=1.0)
+    changed, other = target.clone(), gate.clone()
+    changed[4:], other[4:] = 9.0, 3.0
+    again, _ = slot_scan(values, slots, weights, changed, other, chunk_size=4, scale=1.0)
+    assert torch.equal(again[:8], reads[:8]) and not torch.equal(again[8:], reads[8:])
+    assert torch.equal(slot_read(values, slots[:4], weights[:4]), reads[:4])
+
+
+def test_a_scan_without_gate_changes_nothing_and_may_be_empty():
+    values, slots, (weights, target, gate) = sequence(None)
+    before = values.clone()
+    reads, state = slot_scan(values, slots, weights, target, 0 * gate, chunk_size=4, scale=1.0, inplace=True)
+    assert state is values and torch.equal(values, before)
+    reads, state = slot_scan(values, slots[:0], weights[:0], target[:0], gate[:0], chunk_size=4, scale=1.0)
+    assert reads.shape == (0, 4) and torch.equal(state, before)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"gate": torch.zeros(4, 1)}, ValueError, "gate: expected shape [4], got [4, 1]"),
+        ({"target": torch.zeros(4, 3)}, ValueError, "target: expected shape [4, 2]"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected a whole number >= 1, got 0"),
+        ({"chunk_size": 2.0}, ValueError, "chunk_size"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number"),
+        ({"slots": torch.full((4, 3), 25)}, IndexError, "got 25"),
+        (
+            {"slots": torch.zeros(3, dtype=torch.long), "weights": torch.zeros(3), "target": torch.zeros(2)},
+            ValueError,
+            "slots: expected shape [..., T, R]",
+        ),
+        ({"inplace": True, "backend": "reference"}, ValueError, "inplace: expected False"),
+    ],
+)
+def test_bad_input_of_a_scan_is_named(options, error, message):
+    good = {
+        "values": torch.zeros(25, 2),
+        "slots": torch.zeros(4, 3, dtype=torch.long),
+        "weights": torch.zeros(4, 3),
+        "target": torch.zeros(4, 2),
+        "gate": torch.zeros(4),
+        "chunk_size": 2,
+        "scale": 1.0,
+    }
+    with pytest.raises(error) as caught:
+        slot_scan(**{**good, **options})
+    assert message in str(caught.value)
 
 
 @pytest.mark.skipif(not installed("triton"), reason="Triton is not installed")
