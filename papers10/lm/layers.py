@@ -56,13 +56,23 @@ class RMSNorm(nn.Module):
         gain = (1 + self.weight if self.one_plus else self.weight).to(wide.dtype)
         return F.rms_norm(wide, (x.shape[-1],), gain, self.eps).to(x.dtype)
 
-# %% ../../nbs/shared/lm/layers.ipynb #29ea736e
+# %% ../../nbs/shared/lm/layers.ipynb #69f1dbb7
+_GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def _gate_kind(name: str, gate: bool | str) -> str | None:
+    """The function of an output gate: None without one, "silu" for True."""
+    if isinstance(gate, str):
+        return check_choice(name, gate, _GATES)
+    return "silu" if gate else None
+
+
 class Attention(nn.Module):
     """Causal self-attention of one block.
 
     `config` fields hidden_size, num_heads, head_dim, num_kv_heads, rope_base, rope_fraction, qk_norm ("none",
-    "before_rope", "after_rope"), norm_eps, window, attention_gate and, optional, attention_norm, key_shift,
-    value_shift; `layer` index of the block. Raises ValueError for heads that do not divide.
+    "before_rope", "after_rope"), norm_eps, window, attention_gate (False, True or "silu", "sigmoid") and, optional,
+    attention_norm, key_shift, value_shift; `layer` index of the block. Raises ValueError for heads that do not divide.
     """
 
     def __init__(self, config, layer: int = 0):
@@ -87,7 +97,8 @@ class Attention(nn.Module):
         self.o_proj.is_output_projection = True
         if self.qk_norm != "none":
             self.q_norm, self.k_norm = RMSNorm(head, config.norm_eps), RMSNorm(head, config.norm_eps)
-        self.g_proj = nn.Linear(width, heads * head, bias=False) if config.attention_gate else None
+        self.gate = _gate_kind("attention_gate", config.attention_gate)
+        self.g_proj = nn.Linear(width, heads * head, bias=False) if self.gate else None
         self.out_norm = RMSNorm(head, config.norm_eps) if getattr(config, "attention_norm", False) else None
         self.k_shift = nn.Linear(width, groups, bias=False) if getattr(config, "key_shift", False) else None
         self.v_shift = nn.Linear(width, groups, bias=False) if getattr(config, "value_shift", False) else None
@@ -151,7 +162,7 @@ class Attention(nn.Module):
             out = self.out_norm(out)
         out = out.transpose(1, 2).reshape(batch, time, self.heads * self.head)
         if self.g_proj is not None:
-            out = out * F.silu(float32_linear(x, self.g_proj)).to(out.dtype)
+            out = out * _GATES[self.gate](float32_linear(x, self.g_proj)).to(out.dtype)
         return self.o_proj(out.to(x.dtype) if out.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type) else out)
 
 # %% ../../nbs/shared/lm/layers.ipynb #e1d6839c
@@ -160,13 +171,13 @@ def l2_normalise(x: Float[Tensor, "*batch features"], eps: float = 1e-6) -> Floa
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return wide * (wide.square().sum(-1, keepdim=True) + eps * eps).rsqrt()
 
-# %% ../../nbs/shared/lm/layers.ipynb #1e091f55
+# %% ../../nbs/shared/lm/layers.ipynb #551831de
 class GatedDeltaNet(nn.Module):
     """Linear attention, DeltaNet or gated DeltaNet: the same projections, another rule of the memory.
 
     `config` fields hidden_size, num_heads, head_dim, norm_eps, attention_gate; `layer` index of the block.
     `mode` "linear", "delta" or "gated"; `conv_size` taps of the causal convolution of queries, keys and values (0: none);
-    `num_heads`, `head_dim` instead of the config's; `gate` output gate (default: the config's attention_gate);
+    `num_heads`, `head_dim` instead of the config's; `gate` output gate: False, True or "silu", "sigmoid" (default: the config's attention_gate);
     `allow_neg_eigval` β in (0, 2); `chunk_size` tokens computed at once, without influence on the result; `backend` of
     `kernels.gated_delta`. Cache entries: `conv`, `memory` [B, H, K, K] float32. Raises ValueError.
     """
@@ -180,7 +191,7 @@ class GatedDeltaNet(nn.Module):
         conv_size: int = 4,
         num_heads: int | None = None,
         head_dim: int | None = None,
-        gate: bool | None = None,
+        gate: bool | str | None = None,
         allow_neg_eigval: bool = False,
         chunk_size: int = 64,
         backend: str = "auto",
@@ -206,8 +217,8 @@ class GatedDeltaNet(nn.Module):
             self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
             self.decay_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
         self.out_norm = RMSNorm(head, config.norm_eps)
-        gated = getattr(config, "attention_gate", False) if gate is None else gate
-        self.g_proj = nn.Linear(width, inner, bias=False) if gated else None
+        self.gate = _gate_kind("gate", getattr(config, "attention_gate", False) if gate is None else gate)
+        self.g_proj = nn.Linear(width, inner, bias=False) if self.gate else None
         self.o_proj = nn.Linear(inner, width, bias=False)
         self.o_proj.is_output_projection = True
 
@@ -256,7 +267,7 @@ class GatedDeltaNet(nn.Module):
         states["memory"] = memory
         out = self.out_norm(out).reshape(batch, time, self.heads * self.head)
         if self.g_proj is not None:
-            out = out * F.silu(float32_linear(x, self.g_proj)).to(out.dtype)
+            out = out * _GATES[self.gate](float32_linear(x, self.g_proj)).to(out.dtype)
         return self.o_proj(out.to(x.dtype))
 
 # %% ../../nbs/shared/lm/layers.ipynb #e78e64b8

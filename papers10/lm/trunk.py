@@ -7,8 +7,8 @@ Docs: https://papers10.github.io/papers10/shared/lm/trunk.html.md"""
 # %% auto #0
 __all__ = ['TrunkConfig', 'AdditiveResidual', 'width_scaled_init', 'LMOutput', 'CausalLM']
 
-# %% ../../nbs/shared/lm/trunk.ipynb #8f4d5155
-from collections.abc import Callable, Mapping
+# %% ../../nbs/shared/lm/trunk.ipynb #41c745aa
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from ..kernels.token_logp import linear_token_logp, token_logp
 from .cache import Cache
 from .layers import MLP, Attention, RMSNorm, SwiGLU
 
-# %% ../../nbs/shared/lm/trunk.ipynb #62146db0
+# %% ../../nbs/shared/lm/trunk.ipynb #bb99a1df
 class TrunkConfig(Config):
     """Sizes and options of a decoder.
 
@@ -45,7 +45,7 @@ class TrunkConfig(Config):
     qk_norm: Literal["none", "before_rope", "after_rope"] = "none"
     window: int | None = None
     tie_embeddings: bool = True
-    attention_gate: bool = False
+    attention_gate: bool | Literal["silu", "sigmoid"] = False
     attention_norm: bool = False
     key_shift: bool = False
     value_shift: bool = False
@@ -104,7 +104,7 @@ def width_scaled_init(
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
-# %% ../../nbs/shared/lm/trunk.ipynb #ef1f7bac
+# %% ../../nbs/shared/lm/trunk.ipynb #23cf66af
 @dataclass
 class LMOutput:
     """What one call returns.
@@ -139,10 +139,12 @@ class CausalLM(nn.Module):
         mixer: `mixer(config, block) -> Module` called as `m(x, cache=, valid=, window=)`; default `Attention`.
         channel: `channel(config, block) -> Module` called as `m(x)`; default by `config.mlp`.
         residual: module with `start, read, write, finish`; default `AdditiveResidual`.
-        extra: {block: module} with an attribute `placement` "before_mixer", "after_mixer" or "replace_mlp",
-            called as `m(x, cache=)`, with `valid=` too if it has a true attribute `takes_valid` (a module that counts
-            tokens); the j-th extra sublayer that is not a replacement counts as sublayer 2L + j.
-            A module may return (y, {name: value}); the values appear in `LMOutput.aux`.
+        extra: {block: module or list of modules} with an attribute `placement` "before_mixer", "after_mixer" or
+            "replace_mlp", called as `m(x, cache=)`, with `valid=` too if it has a true attribute `takes_valid` (a module
+            that counts tokens); x is normalised by an RMSNorm of the trunk's unless the module has a true attribute
+            `own_norm`: then x is the residual stream itself and the trunk holds no norm for it. The j-th extra sublayer
+            that is not a replacement counts as sublayer 2L + j; modules of one block and placement run in the list's
+            order. A module may return (y, {name: value}); the values appear in `LMOutput.aux`.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class CausalLM(nn.Module):
         mixer: Callable[[Any, int], nn.Module] | None = None,
         channel: Callable[[Any, int], nn.Module] | None = None,
         residual: nn.Module | None = None,
-        extra: Mapping[int, nn.Module] | None = None,
+        extra: Mapping[int, nn.Module | Sequence[nn.Module]] | None = None,
     ):
         super().__init__()
         for name in ("vocab_size", "hidden_size", "num_heads"):
@@ -172,16 +174,26 @@ class CausalLM(nn.Module):
         if self.head is not None:
             self.head.is_output_head = True
         self.extra, self.extra_norms, self._extra_layer = nn.ModuleDict(), nn.ModuleDict(), {}
-        for block, module in sorted((extra or {}).items()):
+        self._extra_names: dict[int, list[str]] = {}
+        for block, given in sorted((extra or {}).items()):
             if not 0 <= block < config.num_layers:
                 raise ValueError(f"extra: expected blocks in [0, {config.num_layers}), got {block}")
-            check_choice(f"extra[{block}].placement", getattr(module, "placement", None), _PLACEMENTS)
-            self.extra[str(block)] = module
-            if module.placement == "replace_mlp":
-                self.blocks[block].channel = nn.Identity()
-            else:
-                self.extra_norms[str(block)] = RMSNorm(config.hidden_size, config.norm_eps)
-                self._extra_layer[block] = 2 * config.num_layers + len(self._extra_layer)
+            several = [given] if isinstance(given, nn.Module) else list(given)
+            if sum(getattr(module, "placement", None) == "replace_mlp" for module in several) > 1:
+                raise ValueError(f"extra[{block}]: expected at most one module that replaces the MLP")
+            for place, module in enumerate(several):
+                check_choice(f"extra[{block}].placement", getattr(module, "placement", None), _PLACEMENTS)
+                name, own = f"{block}_{place}" if place else str(block), getattr(module, "own_norm", False)
+                self.extra[name] = module
+                self._extra_names.setdefault(block, []).append(name)
+                if module.placement == "replace_mlp":
+                    self.blocks[block].channel = nn.Identity()
+                    if own:
+                        self.blocks[block].channel_norm = nn.Identity()
+                    continue
+                if not own:
+                    self.extra_norms[name] = RMSNorm(config.hidden_size, config.norm_eps)
+                self._extra_layer[name] = 2 * config.num_layers + len(self._extra_layer)
         self.initialise()
         # Set last: a residual brings its own initialisation, which the plain one must not touch.
         self.residual = AdditiveResidual() if residual is None else residual
@@ -254,6 +266,10 @@ class CausalLM(nn.Module):
         new = kept[:, seen:]
         return (start, end), None if bool(new.all()) else new[..., None]
 
+    def _extras(self, block: int, placement: str) -> list[tuple[str, nn.Module]]:
+        names = self._extra_names.get(block, ())
+        return [(name, self.extra[name]) for name in names if self.extra[name].placement == placement]
+
     def forward(
         self,
         ids: Int64[Tensor, "batch time"],
@@ -301,28 +317,31 @@ class CausalLM(nn.Module):
 
         def sublayer(state, layer, norm, module, block, **options):
             x_in = self.residual.read(state, layer, cache)
-            context = norm(x_in)
+            context = x_in if norm is None else norm(x_in)
             branch = run(module, context, block, **options)
             return self.residual.write(state, branch, context, layer, x_in)
+
+        def reading(module):
+            return dict(cache=cache, valid=valid) if getattr(module, "takes_valid", False) else dict(cache=cache)
+
+        def extras(state, block, placement):
+            for name, module in self._extras(block, placement):
+                norm = self.extra_norms[name] if name in self.extra_norms else None
+                state = sublayer(state, self._extra_layer[name], norm, module, block, **reading(module))
+            return state
 
         embedded = self.embed(ids)
         if keep is not None:
             embedded = embedded * keep.to(embedded.dtype)
         state = self.residual.start(embedded, cache)
         for index, block in enumerate(self.blocks):
-            added = self.extra[str(index)] if str(index) in self.extra else None
-            place = None if added is None else added.placement
             attend = dict(cache=cache, valid=valid, window=window)
-            reading = dict(cache=cache, valid=valid) if getattr(added, "takes_valid", False) else dict(cache=cache)
-            if place == "before_mixer":
-                state = sublayer(state, self._extra_layer[index], self.extra_norms[str(index)], added, index, **reading)
+            state = extras(state, index, "before_mixer")
             state = sublayer(state, 2 * index, block.mixer_norm, block.mixer, index, **attend)
-            if place == "after_mixer":
-                state = sublayer(state, self._extra_layer[index], self.extra_norms[str(index)], added, index, **reading)
-            if place == "replace_mlp":
-                state = sublayer(state, 2 * index + 1, block.channel_norm, added, index, **reading)
-            else:
-                state = sublayer(state, 2 * index + 1, block.channel_norm, block.channel, index)
+            state = extras(state, index, "after_mixer")
+            instead = self._extras(index, "replace_mlp")
+            module, options = (instead[0][1], reading(instead[0][1])) if instead else (block.channel, {})
+            state = sublayer(state, 2 * index + 1, block.channel_norm, module, index, **options)
         hidden = self.final_norm(self.residual.finish(state, cache))
         if cache is not None:
             cache.seen_tokens += ids.shape[1]

@@ -44,6 +44,7 @@ DELTAS = {
     "delta": dict(mode="delta"),
     "gated": dict(mode="gated"),
     "negative": dict(mode="gated", allow_neg_eigval=True, gate=True, conv_size=2, chunk_size=3),
+    "sigmoid gate": dict(mode="gated", gate="sigmoid"),
     "no convolution": dict(mode="delta", conv_size=0, num_heads=3, head_dim=4),
 }
 MEMORIES = {
@@ -92,7 +93,7 @@ def delta_loop(layer, x):
         .transpose(1, 2)
         .flatten(2)
     )
-    return layer.o_proj(out * F.silu(layer.g_proj(x)) if layer.g_proj is not None else out)
+    return layer.o_proj(out * (torch.sigmoid if layer.gate == "sigmoid" else F.silu)(layer.g_proj(x)) if layer.g_proj is not None else out)
 
 
 def memory_loop(layer, x):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from papers10.core.config import from_mapping, to_mapping
 from papers10.core.random import generator
 from papers10.lm.layers import Attention, RMSNorm, SwiGLU, float32_linear
 from papers10.lm.trunk import AdditiveResidual, CausalLM, TrunkConfig, width_scaled_init
@@ -27,6 +28,7 @@ FULL = {
 KINDS = {
     "plain": {},
     "everything": FULL,
+    "sigmoid gate": {"attention_gate": "sigmoid"},
     "window": {"window": 3},
     "window of one": {"window": 1},
     "untied gelu": {"tie_embeddings": False, "mlp": "gelu", "qk_norm": "before_rope"},
@@ -191,6 +193,62 @@ def test_plug_ins_are_called_in_order():
         CausalLM(config, extra={0: Extra("somewhere")})
     with pytest.raises(ValueError, match="extra"):
         CausalLM(config, extra={3: Extra("after_mixer")})
+
+
+class OwnNorm(nn.Module):
+    own_norm = True
+
+    def __init__(self, placement):
+        super().__init__()
+        self.placement, self.seen = placement, None
+
+    def forward(self, x, *, cache=None):
+        self.seen = x
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("placement", ["before_mixer", "after_mixer", "replace_mlp"])
+def test_a_module_with_its_own_norm_sees_the_residual_stream(placement):
+    config = TrunkConfig(vocab_size=19, hidden_size=16, num_layers=2, num_heads=2)
+    module = OwnNorm(placement)
+    model = CausalLM(config, extra={0: module})
+    model(ids())
+    stream = model.embed(ids())
+    if placement != "before_mixer":
+        stream = stream + model.blocks[0].mixer(model.blocks[0].mixer_norm(stream))
+    assert torch.equal(module.seen, stream) and len(model.extra_norms) == 0
+    missing = {"blocks.0.channel_norm.weight"} if placement == "replace_mlp" else set()
+    names = {name for name in CausalLM(config).state_dict() if placement != "replace_mlp" or ".0.channel." not in name}
+    assert set(model.state_dict()) == names - missing
+
+
+def test_several_modules_in_one_block_run_in_order():
+    config = TrunkConfig(vocab_size=19, hidden_size=16, num_layers=2, num_heads=2)
+    residual, parts = Recorder(), [Extra("before_mixer"), OwnNorm("after_mixer"), Extra("before_mixer"), Extra("replace_mlp")]
+    model = CausalLM(config, residual=residual, extra={1: parts, 0: Extra("after_mixer")})
+    model(ids())
+    assert residual.calls == [0, 4, 1, 5, 7, 2, 6, 3] and list(model.extra) == ["0", "1", "1_1", "1_2", "1_3"]
+    assert list(model.extra_norms) == ["0", "1", "1_2"]
+    with pytest.raises(ValueError, match="at most one"):
+        CausalLM(config, extra={1: [OwnNorm("replace_mlp"), OwnNorm("replace_mlp")]})
+
+
+def test_output_gate_is_silu_or_sigmoid():
+    layers = {gate: Attention(TrunkConfig(vocab_size=19, hidden_size=16, num_layers=1, num_heads=2, attention_gate=gate))
+              for gate in (True, "silu", "sigmoid", False)}
+    x = torch.randn(2, 5, 16, generator=generator(0, "x"))
+    for gate in (True, "silu", "sigmoid"):
+        layers[gate].load_state_dict(layers[True].state_dict())
+    layers[False].load_state_dict(layers[True].state_dict(), strict=False)
+    layers[False].o_proj = nn.Identity()
+    mixed, logits = layers[False](x), layers[True].g_proj(x)
+    for gate, function in ((True, F.silu), ("silu", F.silu), ("sigmoid", torch.sigmoid)):
+        wanted = layers[gate].o_proj(mixed * function(logits))
+        assert torch.allclose(layers[gate](x), wanted, atol=1e-6)
+        config = TrunkConfig(vocab_size=19, hidden_size=16, num_layers=1, num_heads=2, attention_gate=gate)
+        assert from_mapping(TrunkConfig, to_mapping(config)) == config and to_mapping(config)["attention_gate"] == gate
+    with pytest.raises(ValueError, match="attention_gate"):
+        build(attention_gate="tanh")
 
 
 def test_same_generator_same_weights():
