@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/shared/lm/layers.html.md"""
 __all__ = ['float32_linear', 'RMSNorm', 'Attention', 'l2_normalise', 'GatedDeltaNet', 'ChunkGrid', 'delta_chunk',
            'plain_memory_scan', 'LinearMemory', 'SwiGLU', 'MLP']
 
-# %% ../../nbs/shared/lm/layers.ipynb #6c84acfd
+# %% ../../nbs/shared/lm/layers.ipynb #a411536c
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ from ..kernels.attention import MaskSpec, attention
 from ..kernels.gated_delta import gated_delta
 from .cache import Cache
 from .conv import causal_depthwise_conv
-from .rope import rotary
+from .rope import rotary, rotary_frequencies, yarn_temperature
 
 # %% ../../nbs/shared/lm/layers.ipynb #8a77e36f
 def float32_linear(x: Float[Tensor, "*batch inputs"], layer: nn.Linear) -> Float[Tensor, "*batch outputs"]:
@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
         gain = (1 + self.weight if self.one_plus else self.weight).to(wide.dtype)
         return F.rms_norm(wide, (x.shape[-1],), gain, self.eps).to(x.dtype)
 
-# %% ../../nbs/shared/lm/layers.ipynb #69f1dbb7
+# %% ../../nbs/shared/lm/layers.ipynb #3f319eb6
 _GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -72,7 +72,8 @@ class Attention(nn.Module):
 
     `config` fields hidden_size, num_heads, head_dim, num_kv_heads, rope_base, rope_fraction, qk_norm ("none",
     "before_rope", "after_rope"), norm_eps, window, attention_gate (False, True or "silu", "sigmoid") and, optional,
-    attention_norm, key_shift, value_shift; `layer` index of the block. Raises ValueError for heads that do not divide.
+    attention_norm, key_shift, value_shift, rope_factor, rope_original_length (YaRN, see `stretch`); `layer` index of the
+    block. Raises ValueError for heads that do not divide.
     """
 
     def __init__(self, config, layer: int = 0):
@@ -90,6 +91,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.groups, self.head = layer, heads, groups, head
         self.rope_base, self.rope_fraction = config.rope_base, config.rope_fraction
         self.qk_norm, self.window = config.qk_norm, config.window
+        self.stretch(getattr(config, "rope_factor", 1.0), getattr(config, "rope_original_length", None))
         self.q_proj = nn.Linear(width, heads * head, bias=False)
         self.k_proj = nn.Linear(width, groups * head, bias=False)
         self.v_proj = nn.Linear(width, groups * head, bias=False)
@@ -102,6 +104,15 @@ class Attention(nn.Module):
         self.out_norm = RMSNorm(head, config.norm_eps) if getattr(config, "attention_norm", False) else None
         self.k_shift = nn.Linear(width, groups, bias=False) if getattr(config, "key_shift", False) else None
         self.v_shift = nn.Linear(width, groups, bias=False) if getattr(config, "value_shift", False) else None
+
+    def stretch(self, factor: float, original_length: int | None = None) -> None:
+        """Read texts `factor` >= 1 times as long as the `original_length` tokens of training, from the next call on (YaRN); 1: as trained.
+
+        A cache that was filled before holds keys of the old speeds. Raises ValueError for a factor without a length.
+        """
+        yarn = None if factor == 1 else float(factor)
+        rotary_frequencies(2, base=self.rope_base, yarn=yarn, original_length=original_length)
+        self.rope_factor, self.rope_original_length = yarn or 1.0, original_length
 
     def _shifted(self, name: str, current: Tensor, x: Tensor, gate: nn.Linear | None, cache: Cache | None) -> Tensor:
         if gate is None:
@@ -144,10 +155,14 @@ class Attention(nn.Module):
         positions = torch.arange(seen, seen + time, device=x.device)
         if valid is not None:
             positions = (positions - valid[0].to(x.device)[:, None])[:, None]
-        q = rotary(q, positions, base=self.rope_base, fraction=self.rope_fraction)
-        k = rotary(k, positions, base=self.rope_base, fraction=self.rope_fraction)
-        if self.qk_norm == "after_rope":
+        yarn, late = None if self.rope_factor == 1 else self.rope_factor, self.qk_norm == "after_rope"
+        turn = dict(base=self.rope_base, fraction=self.rope_fraction, yarn=yarn, original_length=self.rope_original_length)
+        q, k = (rotary(part, positions, **turn, temperature=not late) for part in (q, k))
+        if late:
             q, k = self.q_norm(q), self.k_norm(k)
+            if yarn is not None:
+                # The norm would have taken the temperature away.
+                q, k = (part * yarn_temperature(yarn) for part in (q, k))
         if cache is not None:
             states = cache.layers[self.layer]
             if "k" in states:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from papers10.core.random import generator
 from papers10.lm.cache import Cache
 from papers10.lm.conv import causal_depthwise_conv
-from papers10.lm.rope import rebase, rotary
+from papers10.lm.rope import rebase, rotary, rotary_frequencies, yarn_temperature
 
 
 def draw(*shape, seed=0):
@@ -114,3 +114,46 @@ def test_layouts_are_the_same_rotation():
         rotary(x[..., :5], places)
     with pytest.raises(ValueError, match="axes"):
         rotary(x, torch.zeros(4, 2), axes=(2, 2))
+
+
+@pytest.mark.parametrize("width, fraction", [(64, 1.0), (64, 0.25), (96, 0.5)])
+@pytest.mark.parametrize("factor, length, base", [(4.0, 4096, 1e4), (64.0, 2048, 1e4), (1.5, 512, 1e6), (20.0, 64, 1e4)])
+def test_yarn_is_that_of_transformers(width, fraction, factor, length, base):
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    config = LlamaConfig(
+        hidden_size=2 * width, num_attention_heads=2, max_position_embeddings=int(length * factor),
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": base, "factor": factor, "original_max_position_embeddings": length,
+            "partial_rotary_factor": fraction,
+        },
+    )
+    frequencies, temperature = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    turned, options = round(width * fraction), dict(base=base, yarn=factor, original_length=length)
+    # transformers computes them in float32.
+    torch.testing.assert_close(rotary_frequencies(turned, **options), frequencies.double(), rtol=1e-6, atol=0)
+    assert abs(yarn_temperature(factor) - temperature) < 1e-12
+    x, places = draw(1, 1, 9, width), torch.arange(9)
+    angles = places[:, None] * rotary_frequencies(turned, **options)
+    angles = torch.cat([angles, angles], -1)[None]
+    wanted, _ = apply_rotary_pos_emb(x[..., :turned], x[..., :turned], angles.cos() * temperature, angles.sin() * temperature)
+    out = rotary(x, places, fraction=fraction, **options)
+    assert torch.allclose(out[..., :turned], wanted, atol=1e-12) and torch.equal(out[..., turned:], x[..., turned:])
+
+
+def test_yarn_names_what_does_not_fit():
+    x, places = draw(1, 4, 8), torch.arange(4)
+    assert torch.equal(rotary(x, places, yarn=1.0, original_length=16), rotary(x, places))
+    assert rotary_frequencies(8, yarn=4.0, original_length=1).isfinite().all()
+    for options, name in (
+        (dict(yarn=4.0), "original_length"),
+        (dict(yarn=0.5, original_length=16), "yarn"),
+        (dict(yarn=4.0, original_length=0), "original_length"),
+        (dict(yarn=4.0, original_length=16, beta_fast=1.0), "beta_fast"),
+        (dict(yarn=4.0, original_length=16, axes=(4, 4)), "yarn"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            rotary(x, places, **options)

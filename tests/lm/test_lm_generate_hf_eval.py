@@ -11,7 +11,7 @@ from papers10.core.random import generator
 from papers10.lm.eval import LMEvalAdapter, stream_perplexity
 from papers10.lm.generate import generate, sample_token
 from papers10.lm.tokenizers import ByteTokenizer
-from papers10.lm.trunk import CausalLM, TrunkConfig
+from papers10.lm.trunk import CausalLM, TrunkConfig, set_rope_scaling
 
 
 def build(**options):
@@ -77,7 +77,8 @@ def classes():
 def test_transformers_round_trip(classes, tied, tmp_path):
     config_class, model_class = classes
     config = config_class(
-        vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4, tie_embeddings=tied, window=4
+        vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4, tie_embeddings=tied, window=4,
+        attention_gate="sigmoid", rope_factor=4.0, rope_original_length=3,
     )
     model = model_class(config).eval()
     model.save_pretrained(tmp_path)
@@ -96,6 +97,7 @@ def test_transformers_round_trip(classes, tied, tmp_path):
     padded, mask = torch.tensor([[0, 0, 1, 2], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ours = generate(model.model, padded, max_new_tokens=7, temperature=0, attention_mask=mask)
     assert torch.equal(loaded.generate(padded, attention_mask=mask, **settings), ours)
+    assert set_rope_scaling(loaded, 2.0).config.core() == loaded.model.config and loaded.config.rope_factor == 2.0
 
 
 def test_beams_with_and_without_the_cache_agree(classes):

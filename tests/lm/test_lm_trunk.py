@@ -12,7 +12,7 @@ from torch import nn
 from papers10.core.config import from_mapping, to_mapping
 from papers10.core.random import generator
 from papers10.lm.layers import Attention, RMSNorm, SwiGLU, float32_linear
-from papers10.lm.trunk import AdditiveResidual, CausalLM, TrunkConfig, width_scaled_init
+from papers10.lm.trunk import AdditiveResidual, CausalLM, TrunkConfig, set_rope_scaling, width_scaled_init
 
 FULL = {
     "num_heads": 4,
@@ -29,6 +29,7 @@ KINDS = {
     "plain": {},
     "everything": FULL,
     "sigmoid gate": {"attention_gate": "sigmoid"},
+    "yarn": {"rope_factor": 4.0, "rope_original_length": 6, "qk_norm": "after_rope"},
     "window": {"window": 3},
     "window of one": {"window": 1},
     "untied gelu": {"tie_embeddings": False, "mlp": "gelu", "qk_norm": "before_rope"},
@@ -280,3 +281,60 @@ def test_norm_and_gate_helper():
     with torch.autocast("cpu", torch.bfloat16):
         assert float32_linear(x.float(), layer).dtype == torch.float32
         assert float32_linear(x, layer).dtype == torch.float64
+
+
+def test_stretched_trunk_is_llama_with_yarn():
+    transformers = pytest.importorskip("transformers")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=19, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+        rms_norm_eps=1e-5, max_position_embeddings=64, tie_word_embeddings=True, rope_parameters=yarn,
+    )).double().eval()
+    random = generator(0, "llama")
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.ndim == 2:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=random))
+    config = TrunkConfig(vocab_size=19, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, mlp_size=48)
+    model = CausalLM(config).double()
+    weights = {"embed.weight": theirs.model.embed_tokens.weight, "final_norm.weight": theirs.model.norm.weight}
+    for i, block in enumerate(theirs.model.layers):
+        parts = {"mixer": block.self_attn, "channel": block.mlp, "mixer_norm": block.input_layernorm, "channel_norm": block.post_attention_layernorm}
+        weights |= {f"blocks.{i}.{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    model.load_state_dict(weights)
+    tokens = ids(time=60)
+    plain = model(tokens).logits
+    assert set_rope_scaling(model, 4.0, 16) is model
+    out, wanted = model(tokens).logits, theirs(tokens).logits
+    # transformers turns by float32 angles: up to 60 radians times 6e-8.
+    assert torch.allclose(out, wanted, atol=1e-5) and not torch.allclose(out, plain, atol=0.1)
+    again = CausalLM(model.config).double()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(tokens).logits, out)
+    assert torch.equal(set_rope_scaling(model, 1)(tokens).logits, plain)
+    assert torch.equal(set_rope_scaling(model, 4)(tokens).logits, out)
+
+
+def test_stretching_keeps_the_temperature_after_a_norm():
+    x = torch.randn(1, 6, 16, generator=generator(0, "x"), dtype=torch.float64)
+    layers = {}
+    for factor in (1.0, 4.0):
+        config = TrunkConfig(vocab_size=19, hidden_size=16, num_layers=1, num_heads=2, qk_norm="after_rope",
+                             rope_factor=factor, rope_original_length=10**9)
+        layers[factor] = Attention(config).double()
+        layers[factor].load_state_dict(layers[1.0].state_dict())
+    # Trained on 10⁹ tokens every pair keeps its speed, so that only the temperature is left.
+    with torch.no_grad():
+        for norm in (layers[1.0].q_norm, layers[1.0].k_norm):
+            norm.weight.mul_(1 + 0.1 * math.log(4))
+    assert torch.allclose(layers[4.0](x), layers[1.0](x), atol=1e-12)
+
+
+def test_stretching_names_what_does_not_fit():
+    for factor, length, name in ((4.0, None, "original_length"), (0.5, 16, "yarn")):
+        with pytest.raises(ValueError, match=name):
+            set_rope_scaling(build(), factor, length)
+        with pytest.raises(ValueError, match=name):
+            build(rope_factor=factor, rope_original_length=length)
+    with pytest.raises(ValueError, match="Attention"):
+        set_rope_scaling(nn.Linear(2, 2), 2.0, 16)
