@@ -9,7 +9,8 @@ __all__ = ['FORMAL_LANGUAGES', 'NEEDLE_KINDS', 'MAD_TASKS', 'depth_parity', 'Tas
            'formal_language', 'associative_recall', 'rebinding', 'two_dictionaries', 'needle', 'needle_vocab',
            'NeedleText', 'needle_words', 'needle_score', 'mad_vocab', 'mad']
 
-# %% ../../nbs/shared/lm/tasks.ipynb #5813b5a8
+# %% ../../nbs/shared/lm/tasks.ipynb #dc0cc566
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -286,7 +287,7 @@ def two_dictionaries(
     which[:, start + 1 :: 3] = language + 1
     return TaskBatch(ids, ids.roll(-1, 1) * (which > 0), which > 0, {"language": which})
 
-# %% ../../nbs/shared/lm/tasks.ipynb #3dd4ae36
+# %% ../../nbs/shared/lm/tasks.ipynb #c446867c
 def needle(
     batch: int,
     length: int,
@@ -297,6 +298,7 @@ def needle(
     values: int = 32,
     margin: int = 24,
     query_mark: bool = False,
+    depth: float | None = None,
     generator: torch.Generator,
 ) -> TaskBatch:
     """Needles `MARK a b v` in random fillers; the last four tokens repeat one of them.
@@ -306,9 +308,10 @@ def needle(
         needles: with different (a, b) and different v, at multiples of 4 that end `margin` tokens before the end or earlier.
         fillers, parts, values: how many ids of each; ids are fillers, a, b, v, MARK, QUERY: `needle_vocab(...)`.
         query_mark: the question starts with QUERY instead of MARK.
+        depth: where the needle that is asked stands: 0 first, 1 last of the possible places, None anywhere.
     Returns:
         `TaskBatch` with one answer a row, at the token before the last. `info`: "place" int64 [B, needles] of each MARK,
-        "asked" int64 [B] which of them, "values" int64 [B, needles].
+        "asked" int64 [B] which of them, "values" int64 [B, needles], "depth" float32 [B] in [0, 1] of the asked one.
     Raises:
         ValueError: the needles do not fit, or there are fewer keys or values than needles.
     """
@@ -316,6 +319,8 @@ def needle(
     check_range("needles", needles, 1, min(values, parts**2))
     check_range("fillers", fillers, 1)
     check_range("margin", margin, 4)
+    if depth is not None:
+        check_range("depth", depth, 0, 1)
     slots = (length - margin) // 4
     if slots < needles:
         raise ValueError(f"length: expected at least {4 * needles + margin} tokens for {needles} needles, got {length}")
@@ -326,29 +331,40 @@ def needle(
     items = [torch.full_like(code, mark), fillers + code // parts, fillers + parts + code % parts, fillers + 2 * parts + value]
     items = torch.stack(items, 2)
     place = 4 * _distinct(batch, needles, slots, generator)
+    asked = torch.randint(needles, (batch,), generator=generator)
+    if depth is not None:
+        wanted, free = 4 * round(depth * (slots - 1)), place.gather(1, asked[:, None])
+        # A needle that stands there already changes places with the one that is asked.
+        place = torch.where(place == wanted, free, place).scatter(1, asked[:, None], wanted)
     for offset in range(4):
         ids.scatter_(1, place + offset, items[..., offset])
-    asked = torch.randint(needles, (batch,), generator=generator)
+    depths = place.gather(1, asked[:, None])[:, 0] / (4 * max(1, slots - 1))
     ids[:, -4:] = items[torch.arange(batch), asked]
     if query_mark:
         ids[:, -4] = mark + 1
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, -2] = True
-    return TaskBatch(ids, ids.roll(-1, 1) * mask, mask, {"place": place, "asked": asked, "values": items[..., 3]})
+    info = {"place": place, "asked": asked, "values": items[..., 3], "depth": depths}
+    return TaskBatch(ids, ids.roll(-1, 1) * mask, mask, info)
 
 
 def needle_vocab(fillers: int = 32, parts: int = 32, values: int = 32) -> int:
     """Number of ids of `needle`: 130 by default."""
     return fillers + 2 * parts + values + 2
 
-# %% ../../nbs/shared/lm/tasks.ipynb #ba8a2981
+# %% ../../nbs/shared/lm/tasks.ipynb #0f21bf83
 class NeedleText(NamedTuple):
-    """`prompt` to continue; `answers` that the continuation must hold, in order; `candidates` all values in the text; `depths` share of the text before each."""
+    """`prompt` to continue; `answers` that the continuation must hold, in order; `candidates` all values in the text, all different; `depths` share of the text before each of them."""
 
     prompt: str
     answers: tuple[str, ...]
     candidates: tuple[str, ...]
     depths: tuple[float, ...]
+
+    @property
+    def depth(self) -> float:
+        """Share of the text before the first answer's sentence."""
+        return self.depths[self.candidates.index(self.answers[0])]
 
 
 NEEDLE_KINDS = {  # keys in the text, values a key, keys asked, value
@@ -377,14 +393,25 @@ def _draw(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def needle_words(kind: str, words: int, *, haystack: str | None = None, generator: torch.Generator) -> NeedleText:
+def needle_words(
+    kind: str,
+    words: int,
+    *,
+    haystack: str | Sequence[str] | None = None,
+    needles: int | None = None,
+    depth: float | None = None,
+    generator: torch.Generator,
+) -> NeedleText:
     """A long text with facts in it and a question at its end.
 
     Args:
         kind: in `NEEDLE_KINDS`.
         words: of the text around the needles, at least 10.
-        haystack: its words are used from a random place on, and again from the start when they run out; None, or
-            kind "single-1": plain sentences of our own in random order.
+        haystack: its words (a list is taken as words, which spares the splitting of a library for each sample) are used
+            from a random place on, and again from the start when they run out; None, or kind "single-1": plain
+            sentences of our own in random order.
+        needles: keys in the text, at least those that are asked, instead of the kind's.
+        depth: share of the words before every sentence that is asked, in [0, 1]; None: anywhere, as the others.
     Returns:
         `NeedleText`; needles stand between two words at uniformly random places.
     Raises:
@@ -392,16 +419,19 @@ def needle_words(kind: str, words: int, *, haystack: str | None = None, generato
     """
     keys, per_key, asked, form = NEEDLE_KINDS[check_choice("kind", kind, NEEDLE_KINDS)]
     check_range("words", words, 10)
+    keys = keys if needles is None else check_range("needles", needles, asked, 256)
+    if depth is not None:
+        check_range("depth", depth, 0, 1)
     if haystack is None or kind == "single-1":
         text: list[str] = []
         while len(text) < words:
             text += _NOISE[_draw(len(_NOISE), generator)].split()
     else:
-        source = haystack.split()
+        source = haystack.split() if isinstance(haystack, str) else haystack
         if not source:
             raise ValueError("haystack: expected some words, got none")
         start = _draw(len(source), generator)
-        text = (source[start:] + source * -(-words // len(source)))
+        text = [source[(start + i) % len(source)] for i in range(words)]
     text = text[:words]
 
     def value() -> str:
@@ -428,14 +458,16 @@ def needle_words(kind: str, words: int, *, haystack: str | None = None, generato
     number = "code" if form == "identifier" else "number"
     sentence = "The secret number for {} is {}." if form == "secret" else f"The hidden {number} of the {{}} is {{}}."
     cuts = [_draw(words + 1, generator) for _ in facts]
+    order = torch.randperm(keys, generator=generator)[:asked].tolist()
+    wanted = [names[i] for i in order]
+    if depth is not None:
+        cuts = [round(depth * words) if name in wanted else cut for (name, _), cut in zip(facts, cuts)]
     places = sorted(range(len(facts)), key=lambda i: (cuts[i], i))
     pieces, last = [], 0
     for i in places:
         pieces += [*text[last : cuts[i]], sentence.format(*facts[i])]
         last = cuts[i]
     body = " ".join(pieces + text[last:])
-    order = torch.randperm(keys, generator=generator)[:asked].tolist()
-    wanted = [names[i] for i in order]
     answers = tuple(fact for name in wanted for owner, fact in facts if owner == name)
     if form == "secret":
         question = f"The secret number for {wanted[0]} is "

@@ -1,5 +1,7 @@
 """Generated tasks: the answers solve the task by another road, streams repeat, sizes hold, bad input is refused."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +95,50 @@ def test_needles_stand_where_they_are_said_to():
     assert (task.info["place"] % 4 == 0).all() and int(task.info["place"].max()) <= 96 - 28
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), needles=st.integers(1, 6), depth=st.floats(0, 1))
+def test_a_given_depth_moves_the_asked_needle_only_there(seed, needles, depth):
+    free, task = (tasks.needle(8, 48, needles=needles, depth=d, generator=generator(seed)) for d in (None, depth))
+    place = task.info["place"]
+    assert (place.gather(1, task.info["asked"][:, None])[:, 0] == 4 * round(5 * depth)).all()
+    assert torch.allclose(task.info["depth"], torch.full((8,), round(5 * depth) / 5))
+    assert all(len(set(row)) == needles for row in place.tolist()) and torch.equal(task.ids[:, -4:], free.ids[:, -4:])
+    mark = tasks.needle_vocab() - 2
+    assert ((task.ids == mark).sum(1) == needles + 1).all() and (task.ids.gather(1, place) == mark).all()
+    asked = free.info["place"].gather(1, free.info["asked"][:, None])[:, 0]
+    assert torch.allclose(free.info["depth"], asked / 20)
+
+
+@pytest.mark.parametrize("kind", tasks.NEEDLE_KINDS)
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_words_before_the_asked_needle(kind, depth):
+    sample = tasks.needle_words(kind, 100, haystack="x", needles=6, depth=depth, generator=generator(0, kind))
+    per_key = tasks.NEEDLE_KINDS[kind][1]
+    assert len(sample.candidates) == 6 * per_key and sample.depth == depth
+    text = sample.prompt.rsplit("\n", 1)[0]
+    answered = [sample.candidates.index(answer) for answer in sample.answers]
+    assert all(sample.depths[i] == depth for i in answered)
+    if kind != "single-1":
+        for value, share in zip(sample.candidates, sample.depths, strict=True):
+            assert text[: text.index(value)].split().count("x") == round(100 * share)
+
+
+def test_the_secret_form_is_the_papers():
+    draws = [tasks.needle_words("secret", 200, haystack="x", generator=generator(seed)) for seed in range(300)]
+    for sample in draws:
+        facts = dict(re.findall(r"The secret number for (ID-\d{4}) is (\d{6})\.", sample.prompt))
+        asked = re.fullmatch(r"The secret number for (ID-\d{4}) is ", sample.prompt.rsplit("\n", 1)[1])
+        assert len(facts) == 5 and sample.answers == (facts[asked[1]],) and set(facts.values()) == set(sample.candidates)
+    # 1500 places, uniform on [0, 1]: four standard errors of the mean, and of the mean of the asked ones.
+    assert abs(sum(sum(s.depths) for s in draws) / 1500 - 0.5) < 0.03 and abs(sum(s.depth for s in draws) / 300 - 0.5) < 0.067
+
+
+def test_a_list_of_words_is_the_text():
+    story = " ".join(f"word{i}" for i in range(50))
+    texts = [tasks.needle_words("secret", 300, haystack=given, generator=generator(0)) for given in (story, story.split())]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("kind", tasks.NEEDLE_KINDS)
 def test_needle_words(kind):
     story = " ".join(f"word{i}" for i in range(50))
@@ -129,6 +175,10 @@ def test_long_needles_are_cheap():
         ("queries", lambda g: tasks.two_dictionaries(2, 3, queries=7, generator=g)),
         ("length", lambda g: tasks.needle(2, 40, generator=g)),
         ("needles", lambda g: tasks.needle(2, 400, needles=33, generator=g)),
+        ("depth", lambda g: tasks.needle(2, 400, depth=1.5, generator=g)),
+        ("depth", lambda g: tasks.needle_words("secret", 100, depth=-0.1, generator=g)),
+        ("needles", lambda g: tasks.needle_words("multi-query", 100, needles=3, generator=g)),
+        ("haystack", lambda g: tasks.needle_words("secret", 100, haystack=[], generator=g)),
         ("kind", lambda g: tasks.needle_words("multi_key", 100, generator=g)),
         ("words", lambda g: tasks.needle_words("multi-key", 9, generator=g)),
         ("haystack", lambda g: tasks.needle_words("multi-key", 99, haystack="  ", generator=g)),
