@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# %% ../../nbs/shared/lm/cache.ipynb #72426aea
+# %% ../../nbs/shared/lm/cache.ipynb #43845507
 class Cache:
     """States of a causal model between calls.
 
@@ -46,6 +46,15 @@ class Cache:
         self.seen_tokens = 0
         for states in [*self.layers, self.trunk]:
             states.clear()
+        return self
+
+    def restart(self, *keep: str) -> "Cache":
+        """Start a new sequence, at position 0, that keeps only the block states named in `keep` (a memory that outlives a text)."""
+        self.seen_tokens = 0
+        self.trunk.clear()
+        for states in self.layers:
+            for name in [name for name in states if name not in keep]:
+                del states[name]
         return self
 
     def clone(self) -> "Cache":

@@ -79,6 +79,16 @@ def test_cache_treats_objects_as_it_treats_tensors():
     assert other.layers[1]["memory"].values == [1, 2]
 
 
+def test_restart_keeps_what_is_named():
+    cache = Cache(2)
+    cache.seen_tokens, cache.trunk["start"] = 5, torch.tensor([1])
+    cache.layers[0].update(k=torch.ones(1), memory=torch.ones(2))
+    cache.layers[1].update(k=torch.ones(1), count=3)
+    assert cache.restart("memory", "count") is cache and cache.seen_tokens == 0 and not cache.trunk
+    assert [list(states) for states in cache.layers] == [["memory"], ["count"]]
+    assert cache.restart().layers == [{}, {}]
+
+
 def test_cache_detaches_casts_and_refuses():
     cache = Cache(1)
     cache.layers[0]["k"] = torch.ones(2, 1, requires_grad=True) * 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from papers10.core.random import generator
-from papers10.lm.eval import LMEvalAdapter, stream_perplexity
+from papers10.lm.eval import LMEvalAdapter, answer_perplexity, stream_perplexity
 from papers10.lm.generate import generate, sample_token
 from papers10.lm.tokenizers import ByteTokenizer
 from papers10.lm.trunk import CausalLM, TrunkConfig, set_rope_scaling
@@ -131,6 +131,73 @@ def test_stream_perplexity_does_not_depend_on_segments(segment):
     assert math.isclose(found["perplexity"], math.exp(found["loss"])) and found["tokens"] == 38
     with pytest.raises(ValueError, match="tokens"):
         stream_perplexity(model, tokens[:, :1])
+
+
+class Tally(torch.nn.Module):
+    """Adds to the stream how many tokens it has seen, and keeps that."""
+
+    placement = "after_mixer"
+
+    def forward(self, x, *, cache=None):
+        before = 0 if cache is None else cache.layers[0].get("tally", 0)
+        counts = before + torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[None, :, None]
+        if cache is not None:
+            cache.layers[0]["tally"] = counts[:, -1:]
+        return x * counts, {"last": counts[0, -1, 0].item()}
+
+
+def test_stream_perplexity_keeps_what_is_named_and_restarts_positions():
+    config = TrunkConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4)
+    model = CausalLM(config, extra={0: Tally()})
+    model.initialise(generator(0, "init"))
+    tokens, seen = torch.randint(40, (2, 13), generator=generator(0, "t")), []
+    found = stream_perplexity(model, tokens, segment=5, keep=["tally"], observe=lambda out: seen.append(out.aux["blocks.0.last"]))
+    assert seen == [5, 10, 12] and found["losses"].shape == (2, 12)
+    parts = []
+    for low in (0, 5, 10):
+        cache = model.new_cache()
+        cache.layers[0]["tally"] = torch.full((1, 1, 1), float(low))
+        table = model(tokens[:, low : min(low + 5, 12)], cache=cache).logits.log_softmax(-1)
+        parts.append(-table.gather(-1, tokens[:, low + 1 : low + 6, None])[..., 0])
+    assert torch.allclose(found["losses"], torch.cat(parts, 1), atol=1e-5)
+    fresh = stream_perplexity(model, tokens, segment=5, keep=[])
+    assert torch.equal(fresh["losses"], stream_perplexity(model, tokens, segment=5, carry_state=False)["losses"])
+    for options in (dict(keep="tally"), dict(keep=["tally"], carry_state=False)):
+        with pytest.raises(ValueError, match="keep"):
+            stream_perplexity(model, tokens, **options)
+
+
+@pytest.mark.parametrize("segment", [1, 4, 100])
+def test_answers_are_scored_after_their_contexts(segment):
+    model, draw = build(), generator(0, "answers")
+    contexts = [torch.randint(40, (n,), generator=draw) for n in (1, 9, 17)]
+    answers = [torch.randint(40, (n,), generator=draw).tolist() for n in (3, 1, 6)]
+    found = answer_perplexity(model, contexts, answers, segment=segment)
+    for nats, context, answer in zip(found["sums"], contexts, answers, strict=True):
+        ids = torch.cat([context, torch.tensor(answer)])[None]
+        table = model(ids).logits.log_softmax(-1)[0, len(context) - 1 : -1]
+        assert math.isclose(nats, -table[torch.arange(len(answer)), torch.tensor(answer)].sum().item(), rel_tol=1e-5)
+    assert found["counts"].tolist() == [3, 1, 6] and found["tokens"] == 10
+    assert math.isclose(found["loss"], found["sums"].sum().item() / 10) and math.isclose(found["perplexity"], math.exp(found["loss"]))
+    cut = answer_perplexity(model, contexts[2:], answers[2:], segment=segment, max_length=11)
+    kept = torch.cat([contexts[2][:2], contexts[2][-3:]])
+    assert math.isclose(cut["loss"], answer_perplexity(model, [kept], answers[2:])["loss"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, options",
+    [
+        ("answers", ([[1]], []), {}),
+        ("answers", ([], []), {}),
+        (r"answers\[0\]", ([[1]], [[]]), {}),
+        (r"contexts\[1\]", ([[1], []], [[1], [2]]), {}),
+        ("max_length", ([[1]], [[1, 2]]), {"max_length": 2}),
+        ("segment", ([[1]], [[1]]), {"segment": 0}),
+    ],
+)
+def test_answer_perplexity_refuses(name, arguments, options):
+    with pytest.raises(ValueError, match=name):
+        answer_perplexity(build(), *arguments, **options)
 
 
 def test_adapter_scores_are_exact():
