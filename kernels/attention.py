@@ -127,7 +127,7 @@ def mask_mod(spec: MaskSpec, *, q_start: int = 0, k_start: int = 0):
 
     return rule
 
-# %% ../nbs/kernels/attention.ipynb #ea672a0a
+# %% ../nbs/kernels/attention.ipynb #557391f7
 def _check(q: Tensor, k: Tensor, v: Tensor, valid) -> None:
     dims = check_shape("q", q, "B H Q D", {})
     dims = check_shape("k", k, "B G K D", dims)
@@ -141,8 +141,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, valid) -> None:
             check_shape(name, bound, "B", dims)
 
 
-def _allowed(q, k, mask, valid, q_start, k_start) -> tuple[Tensor | None, Tensor | None]:
-    """Dense mask [B or 1, 1, Q, K] (None = everything) and padding queries [B, Q] (None = none)."""
+def _ranges(q, k, mask, valid, q_start, k_start) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`low`, `high` [B or 1, Q] of the keys each query sees, inside the sequence, and padding queries [B, Q] (None = none)."""
     queries, keys = q.shape[2], k.shape[2]
     spec = mask or MaskSpec("full")
     # Without padding the ranges depend on sizes only: worked out on the CPU, they cost no wait for the device.
@@ -162,11 +162,21 @@ def _allowed(q, k, mask, valid, q_start, k_start) -> tuple[Tensor | None, Tensor
     if queries and bool(empty.any()):
         row, query = (int(i) for i in empty.nonzero()[0])
         raise ValueError(f"mask: expected at least one key for every query, got none for query {query} of row {row}")
-    if bool((low <= k_start).all()) and bool((high >= k_start + keys).all()):
+    return low, high, padding
+
+
+def _table(low: Tensor, high: Tensor, first: int, last: int) -> Bool[Tensor, "batch 1 queries keys"]:
+    """The ranges as a table over the key positions first <= j < last."""
+    places = torch.arange(first, last, device=low.device)
+    return ((places >= low[..., None]) & (places < high[..., None]))[:, None]
+
+
+def _allowed(q, k, mask, valid, q_start, k_start) -> tuple[Tensor | None, Tensor | None]:
+    """Dense mask [B or 1, 1, Q, K] (None = everything) and padding queries [B, Q] (None = none)."""
+    low, high, padding = _ranges(q, k, mask, valid, q_start, k_start)
+    if bool((low <= k_start).all()) and bool((high >= k_start + k.shape[2]).all()):
         return None, None
-    table = torch.arange(k_start, k_start + keys, device=device)
-    allowed = (table >= low[..., None]) & (table < high[..., None])
-    return allowed[:, None].to(q.device), padding
+    return _table(low, high, k_start, k_start + k.shape[2]).to(q.device), padding
 
 
 def attention_reference(
@@ -198,7 +208,87 @@ def attention_reference(
         out = out.masked_fill(padding[:, None, :, None], 0)
     return out.to(q.dtype)
 
-# %% ../nbs/kernels/attention.ipynb #5903b0c2
+# %% ../nbs/kernels/attention.ipynb #3202aaa7
+def _blocks(spec: MaskSpec, queries: int, keys: int, q_start: int, k_start: int) -> list[tuple[int, int, int, int]] | None:
+    """Blocks of queries with the keys they see, (first query, end, first key, end); None where a dense mask costs no more."""
+    low, high = key_range(spec, torch.arange(q_start, q_start + queries))
+    low, high = ((bound - k_start).clamp(0, keys) for bound in (low, high))
+    # Short blocks waste few keys and their scores stay in a core's cache; shorter ones than these pay more for the calls.
+    step = 64 if int((high - low).max()) <= 64 else 128
+    if queries <= 2 * step:
+        return None
+    firsts = range(0, queries, step)
+    ends = [min(first + step, queries) for first in firsts]
+    found = [(a, b, int(low[a]), int(high[b - 1])) for a, b in zip(firsts, ends)]
+    visited = sum((b - a) * (last - first) for a, b, first, last in found)
+    return found if 5 * visited <= 3 * queries * keys else None
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, low, high, padding, blocks, k_start, scale):
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        for a, b, first, last in blocks:
+            if last <= first:
+                continue
+            table = _table(low[:, a:b], high[:, a:b], k_start + first, k_start + last).to(q.device)
+            if padding is not None:
+                table = table | padding[:, None, a:b, None]
+            out[:, :, a:b] = F.scaled_dot_product_attention(
+                q[:, :, a:b], k[:, :, first:last], v[:, :, first:last], attn_mask=table, scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+        return out if padding is None else out.masked_fill_(padding[:, None, :, None], 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, low, high, padding, ctx.blocks, ctx.k_start, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, low, high, padding, output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, low, high, padding, out = ctx.saved_tensors
+        (batch, heads, _, width), groups = q.shape, k.shape[1]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        if padding is not None:
+            grad = grad.masked_fill(padding[:, None, :, None], 0)
+        grad_q = torch.zeros_like(q)
+        grad_k, grad_v = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
+        most = max((b - a) * (last - first) for a, b, first, last in ctx.blocks)
+        rooms = [torch.empty(batch * heads * most, dtype=wide, device=q.device) for _ in range(2)]
+        for a, b, first, last in ctx.blocks:
+            rows, span = heads // groups * (b - a), last - first
+            if span <= 0:
+                continue
+            # The queries that share a head of keys stand one below the other.
+            queries, upstream, result = (t[:, :, a:b].to(wide).reshape(batch * groups, rows, -1) for t in (q, grad, out))
+            keys, values = (t[:, :, first:last].to(wide).reshape(batch * groups, span, -1) for t in (k, v))
+            scores, weights = (room[: batch * groups * rows * span].view(batch * groups, rows, span) for room in rooms)
+            queries = queries * ctx.scale
+            torch.bmm(queries, keys.transpose(1, 2), out=scores)
+            hidden = ~_table(low[:, a:b], high[:, a:b], ctx.k_start + first, ctx.k_start + last).to(q.device)
+            if padding is not None:
+                hidden = hidden & ~padding[:, None, a:b, None]
+            scores.view(batch, heads, b - a, span).masked_fill_(hidden, -math.inf)
+            torch.softmax(scores, -1, out=weights)
+            grad_v[:, :, first:last] += torch.bmm(weights.transpose(1, 2), upstream).view(batch, groups, span, -1)
+            torch.bmm(upstream, values.transpose(1, 2), out=scores)
+            scores.sub_((upstream * result).sum(-1, keepdim=True)).mul_(weights)
+            grad_q[:, :, a:b] = (torch.bmm(scores, keys) * ctx.scale).view(batch, heads, b - a, width)
+            grad_k[:, :, first:last] += torch.bmm(scores.transpose(1, 2), queries).view(batch, groups, span, width)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None, None, None
+
+
+def _attention_by_blocks(q, k, v, mask, scale, valid, q_start, k_start, blocks) -> Tensor:
+    low, high, padding = _ranges(q, k, mask, valid, q_start, k_start)
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
+    with torch.autocast(device, enabled=False):
+        return _BlockAttention.apply(q, k, v, low, high, padding, blocks, k_start, q.shape[3] ** -0.5 if scale is None else scale)
+
+# %% ../nbs/kernels/attention.ipynb #a5974a56
 def attention(
     q: Float[Tensor, "batch heads queries width"],
     k: Float[Tensor, "batch kv_heads keys width"],
@@ -230,6 +320,11 @@ def attention(
     covered = mask is not None and (mask.window is None or mask.window >= k.shape[2] + max(q_start - k_start, 0))
     if plain and covered and q_start == k_start and q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    # Without the fused kernels somebody wants second derivatives, which only the dense path has.
+    fused = torch.backends.cuda.flash_sdp_enabled()
+    blocks = _blocks(mask, q.shape[2], k.shape[2], q_start, k_start) if mask is not None and fused else None
+    if blocks is not None:
+        return _attention_by_blocks(q, k, v, mask, scale, valid, q_start, k_start, blocks)
     allowed, padding = _allowed(q, k, mask, valid, q_start, k_start)
     if padding is not None:
         allowed = allowed | padding[:, None, :, None]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papers10.core.random import generator
+from papers10.kernels import attention as module
 from papers10.kernels.attention import (
     MODES,
     MaskSpec,
@@ -90,6 +91,98 @@ def test_torch_path_equals_reference(mode, heads, queries, more, width, window):
     ours.square().sum().backward(), wanted.square().sum().backward()
     for a, b in zip(leaves, others):
         assert torch.allclose(a.grad, b.grad, atol=1e-11)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    mode=st.sampled_from(MODES),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    queries=st.integers(129, 290),
+    q_start=st.integers(0, 40),
+    k_start=st.integers(0, 20),
+    more=st.integers(0, 70),
+    block=st.sampled_from([1, 3]),
+    window=st.integers(1, 90),
+    padded=st.booleans(),
+)
+def test_blocks_of_a_window_equal_the_reference(mode, heads, queries, q_start, k_start, more, block, window, padded):
+    spec = MaskSpec(mode, block, 2, window)
+    keys = q_start + queries + more - k_start
+    low, high = key_range(spec, torch.arange(q_start, q_start + queries))
+    if bool((low.clamp(min=k_start) >= high.clamp(max=k_start + keys)).any()):
+        k_start, keys = 0, keys + k_start
+    q, k, v = draw(2, heads[0], queries, 5), draw(2, heads[1], keys, 5, seed=1), draw(2, heads[1], keys, 3, seed=2)
+    end = torch.tensor([q_start + queries, q_start + queries - 100])
+    valid = (torch.tensor([0, q_start]), end + 1) if padded and k_start <= q_start else None
+    if valid is not None and mode != "full":
+        valid = (torch.maximum(valid[0], torch.tensor(k_start)), end)
+    options = {"mask": spec, "q_start": q_start, "k_start": k_start, "scale": 0.7, "valid": valid}
+    results = []
+    for function in (attention, attention_reference):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        try:
+            out = function(*leaves, **options)
+        except ValueError as error:
+            results.append(str(error))
+            continue
+        out.backward(draw(*out.shape, seed=3))
+        results.append([out, *(t.grad for t in leaves)])
+    if isinstance(results[1], str):
+        assert results[0] == results[1]
+    else:
+        for ours, wanted in zip(*results):
+            assert torch.allclose(ours, wanted, atol=1e-11)
+
+
+def test_a_long_window_makes_no_table(monkeypatch):
+    monkeypatch.setattr(module, "_allowed", None)
+    q, k, v = (draw(1, 2, 20000, 2, seed=s).float().requires_grad_() for s in range(3))
+    valid = torch.tensor([5]), torch.tensor([19990])
+    out = attention(q, k, v, mask=MaskSpec(window=16), valid=valid)
+    assert not out[:, :, :5].any() and not out[:, :, 19990:].any()
+    out.sum().backward()
+    # The weights of each query add to one, so one query's share of the values' gradient is one.
+    assert v.grad.sum().item() == pytest.approx(2 * 2 * 19985, rel=1e-4)
+    assert not v.grad[:, :, :5].any() and not v.grad[:, :, 19990:].any()
+    last = attention(q[:, :, -300:], k, v, mask=MaskSpec(window=16), q_start=19700)
+    assert torch.allclose(last, attention(q, k, v, mask=MaskSpec(window=16))[:, :, -300:], atol=1e-6)
+
+
+def test_visited_pairs_grow_with_the_length():
+    def visited(length, spec):
+        return sum((b - a) * (last - first) for a, b, first, last in module._blocks(spec, length, length, 0, 0))
+
+    for spec in (MaskSpec(window=16), MaskSpec("band", lookahead=100), MaskSpec("block_lookahead", 10, 20, window=512)):
+        assert visited(65536, spec) < 2.1 * visited(32768, spec)
+    assert visited(32768, MaskSpec(window=16)) <= 32768 * (16 + 64)
+    assert module._blocks(MaskSpec(), 4096, 4096, 0, 0) is not None
+    for spec, length in ((MaskSpec("full"), 4096), (MaskSpec(window=16), 100), (MaskSpec(window=200), 300)):
+        assert module._blocks(spec, length, length, 0, 0) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_blocks_in_low_precision(dtype):
+    q, k, v = (draw(1, 2, 300, 8, seed=s).to(dtype).requires_grad_() for s in range(3))
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    upstream = draw(1, 2, 300, 8, seed=3).to(dtype)
+    out = attention(q, k, v, mask=MaskSpec(window=20))
+    expected = attention_reference(*wide, mask=MaskSpec(window=20))
+    assert out.dtype == dtype and torch.allclose(out.double(), expected, atol=8 * torch.finfo(dtype).eps)
+    out.backward(upstream), expected.backward(upstream.double())
+    # A key collects rounded terms from the 20 queries that see it.
+    for ours, other in zip((q, k, v), wide):
+        assert ours.grad.dtype == dtype and torch.allclose(ours.grad.double(), other.grad, atol=40 * torch.finfo(dtype).eps)
+
+
+def test_blocks_under_autocast_and_for_second_derivatives():
+    q, k, v = (draw(1, 1, 200, 4, seed=s).float().requires_grad_() for s in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, mask=MaskSpec(window=8))
+    assert out.dtype == torch.bfloat16 and torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        out = attention(q, k, v, mask=MaskSpec(window=8))
+        (slope,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        assert torch.autograd.grad(slope.square().sum(), k)[0].isfinite().all()
 
 
 def test_none_means_every_key():
