@@ -161,7 +161,7 @@ class FwPKMState:
         queue = {name: state[f"queue.{name}"] for name in _QUEUE if f"queue.{name}" in state} or None
         return cls(state["keys"], state["values"], queue, int(state["carried"]), int(state["step"]), state.get("seen"))
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #86659f85
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #98558c66
 @dataclass
 class FwPKMAux:
     """What a call of `fwpkm` saw.
@@ -293,14 +293,13 @@ class _Run:
         queue, l = self.queue, self.lookahead
         length = queue["present"].shape[1]
         tail = 0 if known is None else known[1].shape[1]
-        parts = []
         if length > tail:
             found = self.address(queue["q"][:, : length - tail])
-            parts.append((found, self.read(found)))
-        if known is not None:
-            parts.append(known)
-        found = PKMAddress(*(torch.cat(piece, 1) for piece in zip(*(part[0] for part in parts))))
-        read = torch.cat([part[1] for part in parts], 1)
+            read = self.read(found)
+            if known is not None:
+                found, read = PKMAddress(*(torch.cat(pair, 1) for pair in zip(found, known[0]))), torch.cat([read, known[1]], 1)
+        else:
+            found, read = known
         first, pairs = (0 if self.boundary == "carry" else self.carried), length - l
         pairs = max(pairs, first)
         source, target = slice(first, pairs), slice(first + l, pairs + l)
@@ -314,7 +313,8 @@ class _Run:
             side = found.side_scores[:, self.carried :]
             self.keys, entropy = addressing_step(self.keys, queue["q"][:, self.carried :], self.topk, self.lr, self.addr_weight, side_scores=side, score=self.score,
                                                  eps=self.eps, mask=None if self.full else chunk)
-            self.entropies.append(entropy.detach().reshape(-1, 2).mean(0))
+            if self.report:
+                self.entropies.append(entropy.detach().reshape(-1, 2).mean(0))
         if pull is not None:
             self.keys = self.keys - self.lr * pull
         self._shift(done, length)
@@ -335,19 +335,22 @@ class _Run:
         else:
             counted, mask = slots, None if every else written
             factor = slots.shape[-1] if self.value_step == "official" else 1
-        counts = slot_counts(slots, counted, mask=mask, per_sample=per_sample)
-        squares = weights.square().sum(-1)
+        # None: `slot_write` counts the pairs themselves, which is faster.
+        own_count = every and not official_prefill and self.observer is None
+        counts = None if own_count else slot_counts(slots, counted, mask=mask, per_sample=per_sample)
+        squares = weights.square().sum(-1) if self.report or self.value_step == "normalized" else None
         gate = queue["g"][:, source] if self.gate_loss else torch.ones_like(queue["g"][:, source])
         gate = gate if every else torch.where(written, gate, 0.0)
         gap = read[:, source] - queue["v"][:, target]
         if not every:
             gap = torch.where(written[..., None], gap, 0.0)
             weights = torch.where(written[..., None], weights, 0.0)
-        self.losses.append((0.5 * gate * gap.square().sum(-1)).sum() / written.sum().clamp_min(1))
         step = gate * factor
         if self.value_step == "normalized":
             step = gate / (squares if every else torch.where(written, squares, 1.0)).clamp_min(torch.finfo(squares.dtype).tiny)
-        self.largest.append((self.lr * step * squares).detach().abs().max())
+        if self.report:
+            self.losses.append((0.5 * gate * gap.square().sum(-1)).sum() / written.sum().clamp_min(1))
+            self.largest.append((self.lr * step * squares).detach().abs().max())
         if self.observer is not None:
             share = self.lr * step[..., None] * weights / counts
             self.observer(Write(slots, weights.detach(), gate.detach(), queue["number"][:, source] - 1, queue["number"][:, target] - 1, share.detach()))
@@ -485,7 +488,8 @@ def fwpkm(
         there = there & ~bad
         q, v, g = (torch.where(bad.reshape(batch, time, *[1] * (part.dim() - 2)), 0.0, part) for part in (q, v, g))
     options = dict(lookahead=lookahead, topk=topk, lr=lr, value_step=value_step, addr_weight=addr_weight, boundary=boundary, score=score, eps=eps, temperature=temperature,
-                   normalize=normalize, gate_loss=gate_loss, grad_clip=grad_clip, value_decay=value_decay, detach_every=detach_every, keys_follow_values=keys_follow_values, observer=observer, backend=backend)
+                   normalize=normalize, gate_loss=gate_loss, grad_clip=grad_clip, value_decay=value_decay, detach_every=detach_every, keys_follow_values=keys_follow_values, observer=observer, report=return_aux,
+                   backend=backend)
     run = _Run(state, batch, q, options, inplace)
     reads: list[tuple[PKMAddress, Tensor]] = []
     seen = torch.zeros(batch, dtype=torch.int64, device=q.device) if state.seen is None else state.seen
@@ -524,14 +528,17 @@ def _equal_rows(run: _Run, tokens: dict[str, Tensor], chunk_size: int, reads: li
     while place < time:
         end = min(time, place + chunk_size - pending)
         part = {name: tensor[:, place:end] for name, tensor in tokens.items()}
-        found = run.address(part["q"])
-        read = run.read(found)
+        # A chunk that comes whole is written with the keys that it reads with: the carried tokens are addressed in the same call.
+        before = run.carried if pending == 0 and end - place == chunk_size and run.queue is not None else 0
+        known = run.address(torch.cat([run.queue["q"], part["q"]], 1) if before else part["q"])
+        whole = run.read(known)
+        found, read = PKMAddress(*(piece[:, before:] for piece in known)), whole[:, before:]
         reads.append((found, read))
         out.append(read)
         run.extend(part, pending)
         pending += end - place
         if pending == chunk_size:
-            run.write((found, read), None)
+            run.write((known, whole), None)
             pending = 0
         place = end
     return torch.cat(out, 1) if out else tokens["v"][:, :0]
