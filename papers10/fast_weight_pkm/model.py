@@ -320,7 +320,7 @@ class FwPKMCausalLM(CausalLM):
             window = config.pswa_window
         return super().forward(ids, window=window, **options)
 
-# %% ../../nbs/03_fast_weight_pkm/04_language_model.ipynb #5cddbd5a
+# %% ../../nbs/03_fast_weight_pkm/04_language_model.ipynb #51702d22
 def memories(model: nn.Module) -> list[FwPKM | FwMLP]:
     """The fast-weight memories in a model, in order."""
     return [module for module in model.modules() if isinstance(module, (FwPKM, FwMLP))]
@@ -366,7 +366,8 @@ def memories_only(model: nn.Module, cache: Cache) -> Cache:
 
 
 def iterative_read(
-    model: CausalLM, ids: Int[Tensor, "batch time"], n: int = 1, chunk_size: int | str | None = None, *, attention_mask: Tensor | None = None, cache: Cache | None = None
+    model: CausalLM, ids: Int[Tensor, "batch time"], n: int = 1, chunk_size: int | str | None = None, *, attention_mask: Tensor | None = None, cache: Cache | None = None,
+    segment: int | None = None,
 ) -> LMOutput:
     """Read a text n times.
 
@@ -374,9 +375,10 @@ def iterative_read(
         model: with `MemorySublayer`s. ids: int64 [B, T]. n: passes, >= 1; 1 is a plain call.
         chunk_size: of the memories meanwhile; None: their own; "whole": each pass is one chunk, written at its end.
         attention_mask: [B, T], padding on the left. cache: memories to start from (see `memories_only`), None: new ones.
+        segment: tokens a call of the model, which a long text needs; None: all at once.
 
     Returns:
-        Logits and cache of the last pass. With "whole" the last pass is written too, so generation from the cache sees n writes.
+        Logits (of the last segment) and cache of the last pass. With "whole" the last pass is written too, so generation from the cache sees n writes.
 
     Raises:
         ValueError: n < 1, or no fast memory in the model.
@@ -384,6 +386,8 @@ def iterative_read(
     Source: section 4.3 of Fast-weight Product Key Memory; the released evaluation.
     """
     check_range("n", n, 1)
+    if segment is not None:
+        check_range("segment", segment, 1)
     whole = chunk_size == "whole"
     if isinstance(chunk_size, str) and not whole:
         raise ValueError(f"chunk_size: expected a whole number, None or 'whole', got {chunk_size!r}")
@@ -394,7 +398,9 @@ def iterative_read(
     with memory_options(model, **options):
         for turn in range(n):
             cache = model.new_cache() if cache is None else memories_only(model, cache)
-            out = model(ids, cache=cache, attention_mask=attention_mask)
+            for low in range(0, max(1, ids.shape[1]), segment or max(1, ids.shape[1])):
+                high = low + (segment or ids.shape[1])
+                out = model(ids[:, low:high], cache=cache, attention_mask=None if attention_mask is None else attention_mask[:, :high])
     return out
 
 # %% ../../nbs/03_fast_weight_pkm/04_language_model.ipynb #829cf645
