@@ -161,7 +161,7 @@ class FwPKMState:
         queue = {name: state[f"queue.{name}"] for name in _QUEUE if f"queue.{name}" in state} or None
         return cls(state["keys"], state["values"], queue, int(state["carried"]), int(state["step"]), state.get("seen"))
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #98558c66
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #66fa5f20
 @dataclass
 class FwPKMAux:
     """What a call of `fwpkm` saw.
@@ -249,6 +249,8 @@ def _finite(q: Tensor, v: Tensor, g: Tensor, nonfinite: str, mask: Tensor | None
 
 class _Run:
     """One call: the tables, the queue and the options."""
+
+    report = False
 
     def __init__(self, state: FwPKMState, batch: int, like: Tensor, options: dict[str, Any], inplace: bool):
         self.__dict__.update(options)
@@ -532,9 +534,11 @@ def _equal_rows(run: _Run, tokens: dict[str, Tensor], chunk_size: int, reads: li
         before = run.carried if pending == 0 and end - place == chunk_size and run.queue is not None else 0
         known = run.address(torch.cat([run.queue["q"], part["q"]], 1) if before else part["q"])
         whole = run.read(known)
-        found, read = PKMAddress(*(piece[:, before:] for piece in known)), whole[:, before:]
-        reads.append((found, read))
-        out.append(read)
+        out.append(whole[:, before:])
+        if run.report:
+            # Without the scores of all sub-keys, of which a long text has many.
+            slots, weights = known.slots[:, before:], known.weights.detach()[:, before:]
+            reads.append((PKMAddress(weights, slots, weights), out[-1]))
         run.extend(part, pending)
         pending += end - place
         if pending == chunk_size:
