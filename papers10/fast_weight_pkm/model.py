@@ -206,7 +206,7 @@ def variant(backbone: str = "gdn+swa", memory: str = "fwpkm@2,6,10", **size: Any
         mixers["fwpkm_optimizer_lr"] = 0.1
     return FwPKMConfig(**{**paper, **mixers, **_memories_of(memory), **size})
 
-# %% ../../nbs/03_fast_weight_pkm/04_language_model.ipynb #a018337b
+# %% ../../nbs/03_fast_weight_pkm/04_language_model.ipynb #edb1c746
 class MemorySublayer(nn.Module):
     """A fast-weight memory as an extra module of `CausalLM`: takes the residual stream, keeps its state in the cache.
 
@@ -293,7 +293,10 @@ class FwPKMCausalLM(CausalLM):
     """
 
     def __init__(self, config: FwPKMConfig, *, seed: int = 0):
-        super().__init__(config, mixer=_mixer, extra=_extra(config))
+        # Convolutions and decay rates of gated DeltaNet are drawn from torch's own state where they are made.
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator(seed, "fast-weight-pkm", "mixers").get_state())
+            super().__init__(config, mixer=_mixer, extra=_extra(config))
         self.initialise(generator(seed, "fast-weight-pkm", "weights"))
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
