@@ -6,13 +6,13 @@ Docs: https://papers10.github.io/papers10/shared/lm/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['LICENCES', 'Inspect', 'Train', 'RESULT_UNITS', 'TextSource', 'Pretraining', 'from_parameters', 'accumulation',
-           'autocast_dtype', 'own_device', 'MixedWindows', 'validation_windows', 'text_windows', 'train_tokenizer',
-           'check', 'check_batch', 'check_machine', 'requirements', 'FolderLog', 'adamw', 'fit', 'load_weights',
-           'recompute_sublayers', 'CarriedCache', 'rows_of_this_process', 'train_text', 'inference_speed',
-           'train_images', 'task_manager', 'benchmark', 'entry_of', 'resolve', 'command', 'slurm_options', 'launch',
-           'main', 'record']
+           'autocast_dtype', 'own_device', 'MixedWindows', 'validation_windows', 'documents', 'text_windows',
+           'train_tokenizer', 'check', 'check_batch', 'check_machine', 'requirements', 'FolderLog', 'adamw', 'fit',
+           'load_weights', 'recompute_sublayers', 'CarriedCache', 'rows_of_this_process', 'train_text',
+           'inference_speed', 'train_images', 'task_manager', 'benchmark', 'entry_of', 'resolve', 'command',
+           'slurm_options', 'launch', 'main', 'record']
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #6c7d2a6b
+# %% ../../nbs/shared/lm/pretraining.ipynb #262dcc21
 import importlib
 import json
 import os
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -39,9 +39,12 @@ from ..core.optional import need
 from ..core.settings import settings as machine
 from ..kernels.common import BackendUnavailable
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #73087455
+# %% ../../nbs/shared/lm/pretraining.ipynb #6e4b5092
 class TextSource(Config):
-    """A data set of documents: `dataset` hub id, local files or "pydoc" (the documentation in every Python), `config`, `split`, `column` of the text, `share` of the tokens of a mixture."""
+    """A data set of documents: `dataset` hub id, local files or "pydoc" (the documentation in every Python), `config`, `split`, `column` of the text, `share` of the tokens of a mixture.
+
+    LongCrawl64 is "longcrawl64" (in PAPERS10_DATA) or a folder with its train.zarr; `config` is then GPT-2's tokenizer, a hub id (None: "gpt2") or a folder.
+    """
 
     dataset: str
     config: str | None = None
@@ -218,7 +221,7 @@ class MixedWindows:
         self.consumed, self.tokens = [int(n) for n in state["consumed"]], [int(n) for n in state["tokens"]]
         self._waiting, self._open = [waiting.tolist() for waiting in state["waiting"]], [None] * len(self.sources)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #28ebbb0b
+# %% ../../nbs/shared/lm/pretraining.ipynb #1767c525
 def validation_windows(tokens: Tensor, seq_len: int) -> Tensor:
     """Consecutive windows [N, seq_len + 1] of a stream, int64 [n], that overlap by one token, so that every token but the first is predicted once.
 
@@ -229,9 +232,22 @@ def validation_windows(tokens: Tensor, seq_len: int) -> Tensor:
     return tokens.unfold(0, seq_len + 1, seq_len)
 
 
-def _documents(source: TextSource, skip: int) -> Iterator[str]:
-    from papers10.lm.text import hub_text, pydoc_text
+def _is_longcrawl64(dataset: str) -> bool:
+    place = Path(dataset)
+    return dataset == "longcrawl64" or (place / ".zarray").is_file() or (place.is_dir() and any(place.glob("*.zarr")))
 
+
+def _place(source: TextSource) -> tuple[str | None, str]:
+    return None if source.dataset == "longcrawl64" else source.dataset, source.split
+
+
+def documents(source: TextSource, skip: int = 0) -> Iterator[str]:
+    """The texts of a source in order, after `skip` of them. Raises DataMissing, LicenceNotAccepted, MissingExtra."""
+    from papers10.lm.text import hub_text, longcrawl64_text, pydoc_text
+
+    if _is_longcrawl64(source.dataset):
+        yield from longcrawl64_text(*_place(source), tokenizer=source.config or "gpt2", skip=skip)
+        return
     if source.dataset == "pydoc":
         text = pydoc_text()
         yield from (text[low : low + 4000] for low in range(4000 * skip, len(text), 4000))
@@ -252,11 +268,11 @@ def _endless(source: TextSource, used: int, skip: int) -> Iterator[str]:
     rest = skip
     while True:
         count = 0
-        for document in _documents(source, used + rest):
+        for document in documents(source, used + rest):
             count += 1
             yield document
         if count == 0:
-            there = sum(1 for _ in _documents(source, used))
+            there = sum(1 for _ in documents(source, used))
             if there == 0:
                 raise DataMissing(f"dataset: {source.dataset} has no document after the {used} that validation takes; lower val_tokens")
             rest %= there
@@ -282,7 +298,7 @@ def text_windows(settings: Pretraining, tokenizer, *, lanes: bool = False) -> tu
     rows, used = [], []
     for source in sources:
         wanted, head, count = round(settings.val_tokens * source.share / total), [], 0
-        for document in _documents(source, 0):
+        for document in documents(source, 0):
             head.extend(tokenizer.encode(document))
             if tokenizer.eos_id is not None:
                 head.append(tokenizer.eos_id)
@@ -298,7 +314,7 @@ def text_windows(settings: Pretraining, tokenizer, *, lanes: bool = False) -> tu
     )
     return windows, torch.cat(rows)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #67452f24
+# %% ../../nbs/shared/lm/pretraining.ipynb #e5bdaa64
 def train_tokenizer(settings: Pretraining, folder: str | Path, *, vocab_size: int = 32_000, characters: int = 100_000_000) -> Path:
     """Train a byte-level BPE on the head of the settings' mixture and save it as folder/tokenizer.json, which `settings.tokenizer` may then name.
 
@@ -318,7 +334,7 @@ def train_tokenizer(settings: Pretraining, folder: str | Path, *, vocab_size: in
     def texts() -> Iterator[str]:
         for source in settings.sources():
             left = round(characters * source.share / total)
-            for document in _documents(source, 0):
+            for document in documents(source, 0):
                 yield document[:left]
                 left -= len(document)
                 if left <= 0:
@@ -331,10 +347,12 @@ def train_tokenizer(settings: Pretraining, folder: str | Path, *, vocab_size: in
     bpe._tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #fa71a01e
+# %% ../../nbs/shared/lm/pretraining.ipynb #d44c4aa7
 LICENCES = {
     "HuggingFaceFW/fineweb-edu": "ODC-By 1.0", "pydoc": "PSF-2.0", "emozilla/pg19": "Apache-2.0, books in the public domain", "gpt2": "MIT",
     "meta-llama/Llama-2-7b-hf": "Llama 2 licence, gated: accept its terms on the hub, then `hf auth login`",
+    "mistralai/Mistral-7B-v0.1": "Apache-2.0, gated: the hub asks for contact details, then `hf auth login`",
+    "longcrawl64": "Common Crawl's terms of use for the pages; the mirror's card says MIT for the collection",
 }
 
 
@@ -350,9 +368,14 @@ def check(settings: Pretraining) -> None:
         need("tokenizers", "lm")
     need("datasets", "lm")
     check_machine(settings)
+    for source in settings.sources():
+        if _is_longcrawl64(source.dataset):
+            from papers10.lm.text import longcrawl64_tokens
+
+            longcrawl64_tokens(*_place(source))
     if machine().offline:
         for name, value in [("tokenizer", settings.tokenizer), *(("dataset", source.dataset) for source in settings.sources())]:
-            if value not in ("bytes", "pydoc") and not Path(value).exists():
+            if value not in ("bytes", "pydoc", "longcrawl64") and not Path(value).exists():
                 raise DataMissing(f"{name}: {value} is on the hub and PAPERS10_OFFLINE is set; unset it or give a local folder")
     if settings.eval_tasks:
         task_manager(settings)
@@ -464,7 +487,7 @@ def _write(place: Path, value: Any) -> None:
     part.write_text(json.dumps(value, indent=1))
     part.replace(place)
 
-# %% ../../nbs/shared/lm/pretraining.ipynb #4d784212
+# %% ../../nbs/shared/lm/pretraining.ipynb #3be1dfaa
 def adamw(model: nn.Module, settings: Pretraining, lr: float | None = None) -> torch.optim.Optimizer:
     """AdamW with the settings' betas and weight decay (none on norms and biases); `lr` instead of the settings'."""
     from papers10.lm.optim import parameter_groups
@@ -598,6 +621,7 @@ def train_text(
     extras: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] | None = None, after_step: Sequence[Callable[[TrainState], None]] = (),
     flops: Callable[[nn.Module], float] | None = None, find_unused: bool = False, shots: tuple[int, ...] = (0, 1),
     finish: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None,
+    apart: Callable[[nn.Module], AbstractContextManager] = nullcontext,
 ) -> dict:
     """Train a language model; every process of the launch calls this.
 
@@ -609,6 +633,7 @@ def train_text(
         carry: windows for which the model's cache goes on, 1: every window starts anew, 0: it never does. extras: more checkpoint state by name, or a function of the model that gives it.
         after_step: functions of the state, called after every update. flops: of one token forward and backward, for the utilisation.
         find_unused: some parameters take no part in a loss. shots: of the benchmarks. finish: (model, tokenizer) -> further entries of the result, rank 0 only.
+        apart: a context of the model in which it is evaluated and timed, for one that reading changes.
 
     Returns:
         {"val_loss": nats a token, "perplexity", "tokens_per_second", "mfu": share of an H100's 989 TFLOP/s or None, "infer_tokens_per_second", "peak_gb",
@@ -640,7 +665,7 @@ def train_text(
         return network(ids).logits
 
     def evaluate(current: TrainState) -> dict[str, float]:
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None), apart(model):
             if carried:
                 # As in training, the cache goes on from window to window; each lane is a run of consecutive windows.
                 width = min(settings.micro_batch, len(mine))
@@ -662,17 +687,20 @@ def train_text(
     model.eval()
     val_loss, speed = history.last("val_loss"), rate * settings.global_batch * settings.seq_len
     on_gpu = device.type == "cuda"
+    with apart(model):
+        read_rate = inference_speed(model, mine[: settings.micro_batch, :-1].to(device), amp)
     result = {
         "val_loss": val_loss, "perplexity": float(torch.tensor(val_loss).exp()), "tokens_per_second": speed,
         "mfu": speed * flops(model) / (989e12 * settings.devices) if on_gpu and flops else None,
-        "infer_tokens_per_second": inference_speed(model, mine[: settings.micro_batch, :-1].to(device), amp), "parameters": sum(p.numel() for p in model.parameters()),
+        "infer_tokens_per_second": read_rate, "parameters": sum(p.numel() for p in model.parameters()),
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None, "skipped": history.skipped, "steps": state.step,
         **{name: look(model, mine[:2, :-1].to(device)) for name, look in inspect.items()}, "tasks": {},
         "curve": [[r["step"], r["val_loss"]] for r in history.records if r.get("val_loss") is not None],
     }
     if distributed.rank() == 0:
         if settings.eval_tasks:
-            result["tasks"] = benchmark(model, tokenizer, settings, shots=shots)
+            with apart(model):
+                result["tasks"] = benchmark(model, tokenizer, settings, shots=shots)
         if finish is not None:
             result.update(finish(model, tokenizer))
     distributed.barrier()
