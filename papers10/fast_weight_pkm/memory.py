@@ -161,7 +161,7 @@ class FwPKMState:
         queue = {name: state[f"queue.{name}"] for name in _QUEUE if f"queue.{name}" in state} or None
         return cls(state["keys"], state["values"], queue, int(state["carried"]), int(state["step"]), state.get("seen"))
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #66fa5f20
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #c5f7a71b
 @dataclass
 class FwPKMAux:
     """What a call of `fwpkm` saw.
@@ -582,7 +582,7 @@ def _unequal_rows(run: _Run, tokens: dict[str, Tensor], mask: Tensor | None, chu
         run.extend(part, low)
         filled, used = filled + room, used + room
     if slots is not None:
-        reads.append((PKMAddress(slots, weights, weights), out))
+        reads.append((PKMAddress(weights, slots, weights), out))
     return out
 
 
