@@ -107,11 +107,12 @@ def _check(query: Tensor, reference: Tensor, k: int, metric: str, exclude_self: 
     if exclude_self and query is not reference and not torch.equal(query, reference):
         raise ValueError("exclude_self: expected query and reference to be the same points, got different values")
 
-# %% ../nbs/kernels/knn.ipynb #06cb2ff7
+# %% ../nbs/kernels/knn.ipynb #32f29167
 # Numbers in a tile of keys: 4 MB stay in a core's cache; a graphics card needs more to be busy.
 _TILE = {"cpu": 2**20, "cuda": 2**26}
 _EXACT_TILE = {"cpu": 2**18, "cuda": 2**25}
-_SPARE = 8
+# Candidates beyond k: rounded products order near ties at random, a tree only exact ones.
+_SPARE = {"torch": 8, "kdtree": 2}
 
 
 def _products_are_ieee() -> bool:
@@ -150,7 +151,7 @@ def _in_order(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     values, order = values.gather(1, order).sort(stable=True)
     return values, indices.gather(1, order)
 
-# %% ../nbs/kernels/knn.ipynb #01220ffd
+# %% ../nbs/kernels/knn.ipynb #ee28c242
 class _Points(NamedTuple):
     """One set of points: as given, and the length of each row when directions are compared."""
 
@@ -180,21 +181,24 @@ class _Product:
             self.query, self.length = query._replace(lengths=length.clamp_min(1e-300)), length
         elif metric != "cosine":
             largest = max(largest, _largest(query.given))
-        self.scale = 2.0 ** -max(-500, math.frexp(largest)[1])
-        self.centre = None
+        most = 500 if wide else 120
+        self.scale = 2.0 ** -max(-most, min(most, math.frexp(largest)[1]))
+        self.shift = torch.zeros(width, dtype=self.dtype, device=reference.given.device)
         if metric != "dot":
-            some = slice(None, None, max(1, reference.given.shape[0] // 4096))
-            self.centre = reference.wide(some).mean(0) * self.scale
+            some = slice(None, None, max(1, reference.given.shape[0] // 1024))
+            self.shift -= reference.wide(some).mean(0) * self.scale
 
     def _shifted(self, points: _Points, low: int | Tensor, high: int, scale: float) -> Tensor:
-        """Rows in the dtype of the product; pieces of it pass through float64."""
+        """Rows in the dtype of the product, around the middle of the reference; a few at a time."""
         rows = torch.arange(low, high, device=points.given.device) if isinstance(low, int) else low
         out = torch.empty(rows.shape[0], points.given.shape[1], dtype=self.dtype, device=points.given.device)
         step = max(1, _tile(_EXACT_TILE, out) // out.shape[1])
         for start in range(0, out.shape[0], step):
             piece = slice(low + start, min(low + start + step, high)) if isinstance(low, int) else rows[start:start + step]
-            wide = points.wide(piece) * scale
-            out[start:start + step] = wide if self.centre is None else wide.sub_(self.centre)
+            if points.lengths is None:
+                torch.add(self.shift, points.given[piece].to(self.dtype), alpha=scale, out=out[start:start + step])
+            else:
+                out[start:start + step] = points.wide(piece) * scale + self.shift
         return out
 
     def candidates(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -239,7 +243,7 @@ class _Tree:
         distances, indices = self.tree.query(self.query.wide(rows).numpy(), k=list(range(1, count + 1)), workers=torch.get_num_threads())
         return torch.from_numpy(distances).square_() * self.shrink, torch.from_numpy(indices).long()
 
-# %% ../nbs/kernels/knn.ipynb #54bc15e8
+# %% ../nbs/kernels/knn.ipynb #95c5467c
 def _refined(query: _Points, reference: _Points, rows: Tensor, indices: Tensor, metric: str) -> Tensor:
     """Raw distances of the candidates in float64, a few rows at a time."""
     raw = torch.empty(indices.shape, dtype=torch.float64, device=rows.device)
@@ -273,13 +277,13 @@ def _in_full(query: _Points, reference: _Points, rows: Tensor, k: int, metric: s
     return distances, indices
 
 
-def _proven(query: _Points, reference: _Points, k: int, metric: str, exclude_self: bool, chunk: int,
+def _proven(query: _Points, reference: _Points, k: int, metric: str, exclude_self: bool, chunk: int, spare: int,
             prepare: Callable[[], "_Product | _Tree"]) -> tuple[Tensor, Tensor]:
     size, device = reference.given.shape[0], query.given.device
     open_rows = torch.arange(query.given.shape[0], device=device)
     distances = torch.empty(open_rows.shape[0], k, dtype=torch.float64, device=device)
     indices = torch.empty(open_rows.shape[0], k, dtype=torch.int64, device=device)
-    searcher, count = None, k + _SPARE + bool(exclude_self)
+    searcher, count = None, k + spare + bool(exclude_self)
     for wanted in (count, 4 * count):
         if wanted >= size or open_rows.numel() == 0:
             break
@@ -297,7 +301,7 @@ def _proven(query: _Points, reference: _Points, k: int, metric: str, exclude_sel
         distances[open_rows], indices[open_rows] = _in_full(query, reference, open_rows, k, metric, exclude_self, chunk)
     return distances, indices
 
-# %% ../nbs/kernels/knn.ipynb #e53a53fe
+# %% ../nbs/kernels/knn.ipynb #53ceff06
 _OFFERED = ("reference", "torch", "kdtree")
 
 
@@ -352,7 +356,7 @@ def knn(query: Float[Tensor, "m d"], reference: Float[Tensor, "n d"], k: int, *,
     with torch.autocast(query.device.type, enabled=False):
         if chosen == "torch" and not refine:
             return _unproven(_Product(asking, points, metric, chunk, margin=False), k, exclude_self)
-        return _proven(asking, points, k, metric, exclude_self, chunk,
+        return _proven(asking, points, k, metric, exclude_self, chunk, _SPARE[chosen],
                        lambda: _Tree(asking, points) if chosen == "kdtree" else _Product(asking, points, metric, chunk))
 
 
