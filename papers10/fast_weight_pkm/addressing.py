@@ -90,7 +90,7 @@ def pkm_address(
     weights = scores.softmax(-1) if normalize == "softmax" else (F.silu(scores) if normalize == "silu" else scores.relu())
     return PKMAddress(weights if joint else weights.flatten(-2), slots.flatten(-2), side_scores)
 
-# %% ../../nbs/03_fast_weight_pkm/01_product_keys.ipynb #22b77f21
+# %% ../../nbs/03_fast_weight_pkm/01_product_keys.ipynb #f3ba1443
 _TINY = 1e-8
 
 
@@ -124,14 +124,51 @@ def keys_gradient(
 
     `by_score` and `side_scores` [..., H, 2, n], `q` [..., H, 2 c], `keys` [H, 2, n, c] or [B, H, 2, n, c], whose shape is returned.
     """
+    return _gathered(2 * by_score * side_scores.exp() if score == "idw" else by_score, q, keys, score)
+
+
+def _gathered(spread: Tensor, q: Tensor, keys: Tensor, score: str) -> Tensor:
+    """The product of W, or D for the dot product, with the queries, and the sum."""
     samples = keys.shape[0] if keys.dim() == 5 else 1
     heads, n, half = keys.shape[-4], keys.shape[-2], keys.shape[-1]
-    spread = 2 * by_score * side_scores.exp() if score == "idw" else by_score
     spread = spread.reshape(samples, -1, heads, 2, n)
     gradient = torch.einsum("bthsn,bthsc->bhsnc", spread, q.to(spread.dtype).reshape(samples, -1, heads, 2, half))
     if score == "idw":
         gradient = gradient - spread.sum(1)[..., None] * keys.reshape(gradient.shape)
     return gradient.reshape(keys.shape)
+
+
+def _counting(side_scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Sub-keys of each row among which all that count are, and which of them do: k, and those that tie with the last, [..., k or more]."""
+    size, side_scores = min(topk + 2, side_scores.shape[-1]), side_scores.detach()
+    best, index = side_scores.topk(size, dim=-1)
+    if size < side_scores.shape[-1] and bool((best[..., -1] == best[..., topk - 1]).any()):
+        best, index = side_scores.topk(int((side_scores >= best[..., topk - 1 : topk]).sum(-1).max().clamp_min(topk)), dim=-1)
+    return index, ~(best < best[..., topk - 1 : topk])
+
+
+def _compact_step(keys: Tensor, q: Tensor, side_scores: Tensor, topk: int, lr: float, weight: float, score: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`addressing_step` with k numbers a row in place of n, of which the others are 0."""
+    own, n = keys.dim() == 5, keys.shape[-2]
+    index, counts = _counting(side_scores, topk)
+    best = side_scores.gather(-1, index)
+    if mask is not None:
+        best, q = torch.where(mask[..., None, None, None], best, 0.0), torch.where(mask[..., None, None], q, 0.0)
+    rows = best.masked_fill(~counts, -math.inf).softmax(-1)
+    exists = best.new_ones(best.shape[:-2]) if mask is None else mask[..., None].to(best.dtype).expand(best.shape[:-2])
+    if mask is not None:
+        rows = rows * mask[..., None, None, None]
+    number = exists.sum(tuple(range(1 if own else 0, exists.dim()))).clamp_min(1)
+    # Place of each entry in the mean address, [2 n] or [B 2 n].
+    place = index + torch.arange(2)[:, None] * n
+    if own:
+        place = place + torch.arange(keys.shape[0]).reshape(-1, *[1] * (place.dim() - 1)) * 2 * n
+    mean = rows.new_zeros((keys.shape[0] if own else 1) * 2 * n).index_add(0, place.reshape(-1), rows.reshape(-1)).reshape(*keys.shape[:1] if own else (), 2, n) / number[..., None, None]
+    log = (mean + _TINY).log()
+    pull = (weight * (log + mean / (mean + _TINY)) / number[..., None, None]).reshape(-1)[place]
+    by_score = rows * (pull - (rows * pull).sum(-1, keepdim=True))
+    spread = torch.zeros_like(side_scores, memory_format=torch.contiguous_format).scatter(-1, index, 2 * by_score * best.exp() if score == "idw" else by_score)
+    return keys - lr * _gathered(spread, q, keys, score), -(mean * log).sum(-1)
 
 
 def addressing_step(
@@ -168,6 +205,9 @@ def addressing_step(
         raise ValueError(f"mask: expected shape {list(q.shape[:-2])}, got {list(mask.shape)}")
     if side_scores is None:
         side_scores = product_key_topk(q, keys, topk, score=score, eps=eps)[2]
+    # On a processor, where few of many sub-keys count; elsewhere the sums would have no fixed order, and asking for ties would wait for the device.
+    if side_scores.device.type == "cpu" and side_scores.numel() and side_scores.shape[-1] >= 16 * topk:
+        return _compact_step(keys, q, side_scores, topk, lr, weight, score, mask)
     rows, number, mean = _mean_address(side_scores, topk, mask, own)
     log = (mean + _TINY).log()
     pull = weight * (log + mean / (mean + _TINY)) / number[..., None, None]
