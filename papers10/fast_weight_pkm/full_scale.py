@@ -8,11 +8,11 @@ Docs: https://papers10.github.io/papers10/03_fast_weight_pkm/full_scale.html.md"
 __all__ = ['SIZES', 'ABLATIONS', 'PAPER_ARMS', 'ABLATION_ARMS', 'EVALUATIONS', 'STREAMS', 'PILE_SIX', 'LICENCES', 'FullScale',
            'from_parameters', 'with_arm', 'model_config', 'fast_tables', 'build_text_model', 'build_optimizer',
            'flops_per_token', 'kept_bytes', 'table_bytes', 'memory_gb', 'hours', 'requirements', 'kept_memories',
-           'FastState', 'memory_summary', 'stream_tokens', 'Part', 'read_stream', 'yarn_factor', 'stretched',
-           'haystack_words', 'find_needles', 'answer_longbench', 'adapt_in_turn', 'pile_texts', 'train_text',
-           'evaluation_parts', 'trained_model', 'evaluate_one', 'check', 'train_one', 'launch', 'record']
+           'FastState', 'memory_summary', 'place_of', 'stream_tokens', 'Part', 'read_stream', 'yarn_factor',
+           'stretched', 'haystack_words', 'find_needles', 'answer_longbench', 'adapt_in_turn', 'pile_texts',
+           'train_text', 'evaluation_parts', 'trained_model', 'evaluate_one', 'check', 'train_one', 'launch', 'record']
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #709c11e5
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #7c37efc0
 import json
 import math
 import re
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..core import checkpoint, distributed
 from ..core.checks import check_choice
 from ..core.config import ConfigError, from_mapping, replace
-from ..core.data import DataMissing
+from ..core.data import DataMissing, available, locate
 from ..core.optional import need
 from ..core.random import generator
 from .addressing import ProductKeyMemory
@@ -239,7 +239,7 @@ def build_optimizer(model: nn.Module, settings: FullScale) -> torch.optim.Optimi
         optimizer.add_param_group({"name": "tables", "params": tables, "weight_decay": 0.0, "lr": settings.pkm_lr})
     return optimizer
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #6fd28ca0
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #664b98da
 LICENCES = {
     **pretraining.LICENCES, "lambada": "CC-BY-4.0 on its card; the novels are their authors'", "longbench": "MIT (repository), each task its source's",
     "pile": "each source its own: read its card", "fineweb": "ODC-By 1.0", "longcrawl64": pretraining.LICENCES["longcrawl64"], "pydoc": "PSF-2.0",
@@ -332,7 +332,7 @@ def requirements(settings: FullScale) -> str:
     sets = {"streams": settings.streams, "needles": [] if settings.niah_haystack == "noise" else [settings.niah_haystack], "longbench": ["longbench"], "continual": ["pile"]}
     for name in settings.evaluations:
         for data in sets[name]:
-            place = settings.paths.get(data) or _HUB.get(data, data)
+            place = place_of(settings, data) if data in ("lambada", "longbench", "pile") else settings.paths.get(data) or _HUB.get(data, data)
             lines.append(f"{name}: {place}, licence: {LICENCES[data]}")
     if set(settings.evaluations) - {"streams"} and settings.device == "cuda":
         lines.append("evaluation: one GPU, after the training; finished parts are kept")
@@ -445,7 +445,16 @@ def memory_summary(model: nn.Module, ids: Tensor) -> list[dict]:
         records.append(record)
     return records + [{"block": block, "kind": "pkm", **module.usage()} for block, module in _slow(model).items()]
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #d2789cc5
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #7a092e51
+def place_of(settings: FullScale, name: str) -> str:
+    """Where "lambada", "longbench" or "pile" is: `settings.paths`, else a copy in PAPERS10_DATA, else its id on the hub."""
+    own = {"lambada": "lambada", "longbench": "longbench", "pile": "pile-uncopyrighted"}[check_choice("name", name, ["lambada", "longbench", "pile"])]
+    if name in settings.paths or not available(own):
+        return settings.paths.get(name) or _HUB[name]
+    found = Path(locate(own))
+    return str(found / "data.zip" if (found / "data.zip").is_file() else found)
+
+
 def _source(settings: FullScale, name: str) -> TextSource:
     """Where a stream's documents are: a path of the user's, a training set, or the hub."""
     if name in settings.paths:
@@ -460,7 +469,7 @@ def _texts(settings: FullScale, name: str) -> Iterator[str]:
     if name == "pydoc":
         return documents(TextSource(dataset="pydoc"))
     if name == "lambada":
-        return lambada_text("train", id=settings.paths.get("lambada", _HUB["lambada"]))
+        return lambada_text("train", id=place_of(settings, "lambada"))
     source = _source(settings, name)
     return documents(source.model_copy(update={"split": "heldout"}) if name == "longcrawl64" else source)
 
@@ -656,7 +665,7 @@ def find_needles(model: nn.Module, tokenizer, settings: FullScale, words: int, h
             numbers[f"{chunks}_{reads}"] = {name: 100 * sum(row[name] for row in mine) / len(mine) for name in ("exact", "digits", "candidate")}
     return Part(numbers, rows)
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #c2025f32
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #c6253e9e
 @torch.no_grad()
 def answer_longbench(model: nn.Module, tokenizer, settings: FullScale, task: str) -> Part:
     """Perplexity of the answers of a task of LongBench: numbers {"perplexity", "tokens", "questions"}, rows {"task", "question", "words", "nats", "tokens"}.
@@ -666,7 +675,7 @@ def answer_longbench(model: nn.Module, tokenizer, settings: FullScale, task: str
     from papers10.lm.eval import answer_perplexity
     from papers10.lm.text import longbench
 
-    asked = [q for q in longbench(task, id=settings.paths.get("longbench", _HUB["longbench"]), limit=settings.longbench_limit) if q.answers and q.answers[0]]
+    asked = [q for q in longbench(task, id=place_of(settings, "longbench"), limit=settings.longbench_limit) if q.answers and q.answers[0]]
     with stretched(model, settings, 20.0):
         found = answer_perplexity(model, [tokenizer.encode(q.prompt) for q in asked], [tokenizer.encode(f" {q.answers[0]}") for q in asked], segment=settings.seq_len)
     rows = [{"task": task, "question": place, "words": q.words, "nats": nats, "tokens": tokens}
@@ -712,7 +721,7 @@ def pile_texts(settings: FullScale, tokenizer) -> dict[str, Tensor]:
     """{domain: tokens int64 [at most pile_tokens]} of `settings.pile_domains`. Raises DataMissing, LicenceNotAccepted, MissingExtra, ValueError."""
     from papers10.lm.text import pile_text
 
-    place = settings.paths.get("pile", _HUB["pile"])
+    place = place_of(settings, "pile")
     return {domain: _some(pile_text(domain, id=place), tokenizer, settings.pile_tokens, f"pile, {domain}") for domain in settings.pile_domains}
 
 # %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #e36ef781
@@ -822,7 +831,7 @@ def evaluate_one(settings: FullScale | Mapping[str, Any], folder: str | Path) ->
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[kind]), folder / f"{name}.parquet")
     return FolderLog(folder, replace(settings, wandb="disabled")).finish(result)
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #2d01fdfd
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #10099aab
 @contextmanager
 def _path_of(name: str) -> Iterator[None]:
     """What is missing is said with the name under which `FullScale.paths` takes it."""
@@ -854,10 +863,10 @@ def check(settings: FullScale) -> None:
                 raise ValueError(f"streams: expected documents of {name}, got none")
     for task in settings.longbench_tasks if "longbench" in settings.evaluations else ():
         with _path_of("longbench"):
-            longbench(task, id=settings.paths.get("longbench", _HUB["longbench"]), limit=1)
+            longbench(task, id=place_of(settings, "longbench"), limit=1)
     if "continual" in settings.evaluations:
         with _path_of("pile"):
-            next(pile_text(settings.pile_domains[0], id=settings.paths.get("pile", _HUB["pile"])), None)
+            next(pile_text(settings.pile_domains[0], id=place_of(settings, "pile")), None)
 
 # %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #c3c25afe
 def train_one(settings: FullScale | Mapping[str, Any], folder: str | Path) -> dict:

@@ -310,6 +310,20 @@ def test_a_set_on_the_hub_is_missed_before_any_training(text, monkeypatch, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_local_copies_are_preferred(text, sets, monkeypatch, tmp_path):
+    monkeypatch.setenv("PAPERS10_DATA", str(tmp_path))
+    bare = replace(text, paths={})
+    assert [full_scale.place_of(bare, name) for name in ("lambada", "longbench", "pile")] == [
+        full_scale._HUB[name] for name in ("lambada", "longbench", "pile")
+    ]
+    shutil.copytree(sets["lambada"], tmp_path / "lambada")
+    shutil.copytree(Path(sets["longbench"]).parent, tmp_path / "longbench")
+    assert full_scale.place_of(bare, "lambada") == str(tmp_path / "lambada")
+    assert full_scale.place_of(bare, "longbench") == str(tmp_path / "longbench" / "data.zip")
+    assert full_scale.place_of(text, "lambada") == sets["lambada"]
+    full_scale.check(replace(text, evaluations=["needles", "longbench"], paths={"gpt2": sets["gpt2"]}))
+
+
 def test_refusals_before_anything_starts(text, monkeypatch, tmp_path):
     monkeypatch.setenv("PAPERS10_DATA", str(tmp_path))
     with pytest.raises(DataMissing, match="longcrawl64"):
