@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from papers10.kernels.attention import (
     multi_attention,
     required_offset,
 )
+from papers10.kernels.common import BackendUnavailable, installed, interpreting, last_backend
 
 
 def draw(*shape, seed=0):
@@ -272,3 +276,137 @@ def test_required_offset_and_ranges():
         required_offset(MaskSpec("full"), 2)
     low, high = key_range(MaskSpec("causal", window=3), torch.tensor([0, 5]))
     assert low.tolist() == [0, 3] and high.tolist() == [1, 6]
+
+
+INTERPRETED = """
+import torch
+from papers10.kernels.attention import MODES, MaskSpec, attention, attention_reference
+
+def compare(batch, heads, queries, keys, width, value, spec, **options):
+    draw = torch.Generator().manual_seed(queries)
+    shapes = (batch, heads[0], queries, width), (batch, heads[1], keys, width), (batch, heads[1], keys, value)
+    leaves = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    out = attention(*leaves, mask=spec, **options, backend="triton")
+    expected = attention_reference(*wide, mask=spec, **options)
+    upstream = torch.randn(out.shape, generator=draw)
+    found = [out, *torch.autograd.grad(out, leaves, upstream)]
+    right = [expected, *torch.autograd.grad(expected, wide, upstream.double())]
+    for a, b in zip(found, right):
+        assert (a.double() - b).abs().max() <= 2e-5 * b.abs().max().clamp_min(1), (spec, options)
+    return found
+
+for mode in MODES:
+    compare(1, (2, 1), 40, 52, 8, 5, MaskSpec(mode, 3, 2), q_start=6)
+    compare(1, (1, 1), 50, 60, 4, 4, MaskSpec(mode, 4, 1, window=7), q_start=9, k_start=1, scale=-0.3)
+compare(1, (1, 1), 66, 66, 4, 4, MaskSpec("band", 7, 40, window=5), q_start=-9, k_start=-9)
+valid = torch.tensor([5, 0]), torch.tensor([70, 33])
+out, grad_q, grad_k, grad_v = compare(2, (2, 2), 70, 70, 17, 3, MaskSpec(window=9), valid=valid)
+for t in (out, grad_q, grad_k, grad_v):
+    assert not t[0, :, :5].any() and not t[1, :, 33:].any() and t[0, :, 5:].any() and t[1, :, :33].any()
+compare(2, (1, 1), 20, 70, 8, 8, MaskSpec("full"), valid=valid)
+first, second = (compare(1, (3, 1), 100, 100, 80, 8, MaskSpec(window=40)) for _ in range(2))
+assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+z = lambda *shape, dtype=torch.float32: torch.ones(shape, dtype=dtype)
+for tensors, options in (
+    ([z(1, 1, 3, 4, dtype=torch.float64)] * 3, {}),
+    ([z(1, 1, 3, 4), z(1, 1, 3, 4), z(1, 1, 3, 4).half()], {}),
+    ([z(1, 1, 3, 257)] * 3, {}),
+    ([z(1, 1, 3, 4)] * 3, dict(mask=MaskSpec(window=1), k_start=2)),
+    ([z(2, 1, 3, 4)] * 3, dict(valid=(torch.tensor([0, 2]), torch.tensor([3, 2])))),
+):
+    try: attention(*tensors, **options, backend="triton")
+    except (TypeError, ValueError) as problem: print(type(problem).__name__, problem)
+for shape in ((0, 2, 3, 4), (2, 2, 0, 4)):
+    empty = torch.zeros(shape)
+    assert attention(empty, empty, empty, mask=MaskSpec(), backend="triton").shape == shape
+strided = torch.randn(1, 20, 3, 16)[..., ::2].transpose(1, 2)
+a, b = (attention(t, t, t, mask=MaskSpec(window=5), backend="triton") for t in (strided, strided.contiguous()))
+assert torch.equal(a, b)
+q = torch.randn(1, 1, 20, 4, requires_grad=True)
+with torch.autocast("cpu", torch.bfloat16):
+    assert attention(q, q, q, mask=MaskSpec(window=5), backend="triton").dtype == torch.bfloat16
+slope = torch.autograd.grad(attention(q, q, q, mask=MaskSpec(window=5), backend="triton").sum(), q, create_graph=True)[0]
+try: slope.sum().backward()
+except RuntimeError as problem: print(problem)
+"""
+
+
+@pytest.mark.skipif(not installed("triton"), reason="Triton is not installed")
+def test_triton_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    starts = (
+        "TypeError backend: expected q, k, v all float32",
+        "TypeError backend: expected q, k, v all float32",
+        "ValueError backend: expected at most 256 channels",
+        "ValueError mask: expected at least one key for every query, got none for query 0 of row 0",
+        "ValueError mask: expected at least one key for every query, got none for query 0 of row 1",
+        "attention: the Triton path has no second derivative",
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(starts) and all(line.startswith(start) for line, start in zip(lines, starts)), lines
+
+
+@pytest.mark.skipif(
+    interpreting() or not installed("triton"), reason="Triton's interpreter is on, or Triton is not installed"
+)
+def test_triton_on_a_processor_says_what_to_do():
+    q = draw(1, 1, 20, 4).float()
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1"):
+        attention(q, q, q, mask=MaskSpec(window=3), backend="triton")
+
+
+def test_auto_leaves_to_pytorch_what_it_has_a_kernel_for(monkeypatch):
+    skipped = []
+
+    def resolve(requested, tensor, available, *, kernel, auto_skips):
+        skipped.append("triton" in auto_skips)
+        return "torch"
+
+    monkeypatch.setattr(module, "resolve_backend", resolve)
+    q = draw(1, 1, 20, 4).float()
+    valid = torch.tensor([0]), torch.tensor([19])
+    for options in (dict(mask=MaskSpec(window=3)), dict(mask=MaskSpec(), valid=valid), dict(mask=MaskSpec("band"))):
+        attention(q, q, q, **options)
+        attention(q.double(), q.double(), q.double(), **options)
+    assert skipped == [False, True] * 3
+    attention(q, q, q, mask=MaskSpec()), attention(q, q, q, mask=MaskSpec(window=20))
+    attention(q[:, :, -1:], q, q, mask=MaskSpec(window=3), q_start=19)
+    assert skipped[6:] == [True] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "heads, queries, keys, width, value, spec, padded",
+    [
+        ((8, 2), 1000, 1000, 64, 64, MaskSpec(window=100), False),
+        ((2, 2), 300, 500, 128, 96, MaskSpec("block_lookahead", 10, 4, 200), False),
+        ((4, 4), 257, 257, 20, 256, MaskSpec(), True),
+        ((2, 1), 1, 1, 16, 16, MaskSpec(window=1), True),
+    ],
+)
+def test_triton_on_the_card(dtype, heads, queries, keys, width, value, spec, padded):
+    shapes = (2, heads[0], queries, width), (2, heads[1], keys, width), (2, heads[1], keys, value)
+    leaves = [draw(*shape, seed=s).cuda().to(dtype).requires_grad_() for s, shape in enumerate(shapes)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    valid = (torch.tensor([0, queries // 3]).cuda(), torch.tensor([queries, queries]).cuda()) if padded else None
+    options = {"mask": spec, "q_start": keys - queries, "valid": valid}
+    out = attention(*leaves, **options, backend="triton" if queries < 16 else "auto")
+    assert last_backend("attention") == "triton"
+    expected = attention_reference(*wide, **options)
+    upstream = draw(*out.shape, seed=9).cuda()
+    found = [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+    right = [expected, *torch.autograd.grad(expected, wide, upstream.to(dtype).double())]
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b in zip(found, right):
+        assert (a.double() - b).abs().max() <= limit * b.abs().max().clamp_min(1)
