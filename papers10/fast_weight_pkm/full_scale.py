@@ -7,8 +7,8 @@ Docs: https://papers10.github.io/papers10/03_fast_weight_pkm/full_scale.html.md"
 # %% auto #0
 __all__ = ['SIZES', 'ABLATIONS', 'PAPER_ARMS', 'ABLATION_ARMS', 'EVALUATIONS', 'STREAMS', 'PILE_SIX', 'LICENCES', 'FullScale',
            'from_parameters', 'with_arm', 'model_config', 'fast_tables', 'build_text_model', 'build_optimizer',
-           'flops_per_token', 'kept_bytes', 'table_bytes', 'memory_gb', 'hours', 'requirements', 'kept_memories',
-           'FastState', 'memory_summary', 'place_of', 'stream_tokens', 'Part', 'read_stream', 'yarn_factor',
+           'place_of', 'flops_per_token', 'kept_bytes', 'table_bytes', 'memory_gb', 'hours', 'requirements',
+           'kept_memories', 'FastState', 'memory_summary', 'stream_tokens', 'Part', 'read_stream', 'yarn_factor',
            'stretched', 'haystack_words', 'find_needles', 'answer_longbench', 'adapt_in_turn', 'pile_texts',
            'train_text', 'evaluation_parts', 'trained_model', 'evaluate_one', 'check', 'train_one', 'launch', 'record']
 
@@ -239,12 +239,21 @@ def build_optimizer(model: nn.Module, settings: FullScale) -> torch.optim.Optimi
         optimizer.add_param_group({"name": "tables", "params": tables, "weight_decay": 0.0, "lr": settings.pkm_lr})
     return optimizer
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #664b98da
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #c7be095d
 LICENCES = {
     **pretraining.LICENCES, "lambada": "CC-BY-4.0 on its card; the novels are their authors'", "longbench": "MIT (repository), each task its source's",
     "pile": "each source its own: read its card", "fineweb": "ODC-By 1.0", "longcrawl64": pretraining.LICENCES["longcrawl64"], "pydoc": "PSF-2.0",
 }
 _HUB = {"lambada": "cimec/lambada", "longbench": "THUDM/LongBench", "pile": "monology/pile-uncopyrighted-parquet", "fineweb": "HuggingFaceFW/fineweb-edu"}
+
+
+def place_of(settings: FullScale, name: str) -> str:
+    """Where "lambada", "longbench" or "pile" is: `settings.paths`, else a copy in PAPERS10_DATA, else its id on the hub."""
+    own = {"lambada": "lambada", "longbench": "longbench", "pile": "pile-uncopyrighted"}[check_choice("name", name, ["lambada", "longbench", "pile"])]
+    if name in settings.paths or not available(own):
+        return settings.paths.get(name) or _HUB[name]
+    found = Path(locate(own))
+    return str(found / "data.zip" if (found / "data.zip").is_file() else found)
 
 
 class _Counts(NamedTuple):
@@ -445,16 +454,7 @@ def memory_summary(model: nn.Module, ids: Tensor) -> list[dict]:
         records.append(record)
     return records + [{"block": block, "kind": "pkm", **module.usage()} for block, module in _slow(model).items()]
 
-# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #7a092e51
-def place_of(settings: FullScale, name: str) -> str:
-    """Where "lambada", "longbench" or "pile" is: `settings.paths`, else a copy in PAPERS10_DATA, else its id on the hub."""
-    own = {"lambada": "lambada", "longbench": "longbench", "pile": "pile-uncopyrighted"}[check_choice("name", name, ["lambada", "longbench", "pile"])]
-    if name in settings.paths or not available(own):
-        return settings.paths.get(name) or _HUB[name]
-    found = Path(locate(own))
-    return str(found / "data.zip" if (found / "data.zip").is_file() else found)
-
-
+# %% ../../nbs/03_fast_weight_pkm/09_full_scale.ipynb #2c47e9aa
 def _source(settings: FullScale, name: str) -> TextSource:
     """Where a stream's documents are: a path of the user's, a training set, or the hub."""
     if name in settings.paths:
