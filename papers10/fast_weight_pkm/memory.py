@@ -161,7 +161,7 @@ class FwPKMState:
         queue = {name: state[f"queue.{name}"] for name in _QUEUE if f"queue.{name}" in state} or None
         return cls(state["keys"], state["values"], queue, int(state["carried"]), int(state["step"]), state.get("seen"))
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #c5f7a71b
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #db644c62
 @dataclass
 class FwPKMAux:
     """What a call of `fwpkm` saw.
@@ -247,6 +247,18 @@ def _finite(q: Tensor, v: Tensor, g: Tensor, nonfinite: str, mask: Tensor | None
     return bad
 
 
+class _OwnTable(torch.autograd.Function):
+    """A copy to write into. The chain of writes hands rows back; who owns the first table gets a plain gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 class _Run:
     """One call: the tables, the queue and the options."""
 
@@ -256,7 +268,7 @@ class _Run:
         self.__dict__.update(options)
         self.state, self.keys, self.values, self.inplace = state, state.keys, state.values, inplace
         self.own, self.carried, self.step = state.per_sample, state.carried, state.step
-        self.queue = state.queue
+        self.queue = None if state.queue is None else dict(state.queue)
         self.losses, self.entropies, self.largest, self.writes, self.since = [], [], [], 0, 0
         self.borrowed = True
         # Known without asking the device: no token of the queue is left out.
@@ -333,7 +345,7 @@ class _Run:
             # The released code counts the reads of all tokens of the chunk, and means over B (C' - l) samples times B C'.
             counted, mask = found.slots[:, self.carried :], None if every else chunk
             tokens, number = (chunk.sum(1, keepdim=True), written.sum(1, keepdim=True)) if per_sample else (chunk.sum(), written.sum())
-            factor = slots.shape[-1] * tokens / number.clamp_min(1)
+            factor = slots.shape[-1] * tokens.to(weights.dtype) / number.clamp_min(1)
         else:
             counted, mask = slots, None if every else written
             factor = slots.shape[-1] if self.value_step == "official" else 1
@@ -360,7 +372,7 @@ class _Run:
             self._forget(slots, written)
         inplace = self.backend != "reference" and not self.grad_clip
         if inplace and self.borrowed and not self.inplace:
-            self.values = self.values.clone(memory_format=torch.contiguous_format)
+            self.values = _OwnTable.apply(self.values)
         self.borrowed = False
         error = step[..., None] * gap
         if self.grad_clip:
@@ -411,7 +423,8 @@ class _Run:
             stay = torch.cat([fill, part], 1)
             go = torch.cat([shifted[name], stay.new_zeros(part.shape[0], stay.shape[1] - keep, *part.shape[2:])], 1)
             result[name] = torch.where(done.reshape(-1, *[1] * (part.dim() - 1)), go, stay)
-        self.queue, self.carried = result, keep
+        used = keep + int((result["number"][:, keep:] > 0).sum(1).max())
+        self.queue, self.carried = {name: part[:, :used] for name, part in result.items()}, keep
 
 
 def fwpkm(
