@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from papers10.fast_weight_pkm.model import memories, memory_options
-from papers10.fast_weight_pkm.pretrained import insert_memory, load_memory
+from papers10.fast_weight_pkm.pretrained import PRETRAINED_ARMS, Facts, insert_memory, load_memory, run_pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -187,6 +187,68 @@ def test_half_precision_and_copies():
     state[1].values.zero_()
     assert handle.state[1].values.abs().sum() > 0
     assert "branches" not in " ".join(copy.deepcopy(handle.remove()).state_dict())
+
+
+def test_calibrated_queries_are_white_and_the_output_stays_zero():
+    model, ids = tiny(), tokens(8, 60)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        handle = insert_memory(model, [1], **OPTIONS)
+        stream = handle.stream(ids, rows=3)
+        assert torch.allclose(stream[1], model.model(ids, output_hidden_states=True).hidden_states[1], atol=1e-5)
+        assert handle.reset().stream(ids)[1].shape == (8, 60, 16) and handle.state == {}
+        memory = handle.calibrate(stream, query_scale=3.0).branches["1"]
+        assert torch.equal(model(ids).logits, wanted)
+        queries = memory.q_proj(memory.q_norm(stream[1][:, 1:])).flatten(0, 1)
+        assert queries.mean(0).abs().max() < 1e-4
+        spread = (3 * memory.keys.std()) ** 2
+        assert torch.allclose(queries.T @ queries / len(queries), spread * torch.eye(8), atol=0.02 * spread)
+        rms = stream[1][:, 1:].square().mean(-1).sqrt().median()
+        assert handle.scale_1 == rms and memory.g_proj.bias.item() == 1.5
+    with pytest.raises(ValueError, match="at most the width of the stream 16 in all heads, got 24"):
+        insert_memory(model, [0], **{**OPTIONS, "key_dim": 24}).calibrate({0: stream[1]})
+
+
+def test_facts_stand_where_they_are_said_to():
+    facts = small_facts()
+    draw = torch.Generator().manual_seed(0)
+    for new in (False, True):
+        pairs = facts.pairs(3, new, draw)
+        row, places = facts.window(pairs, 40, 0, 90, draw)
+        assert len(row) == 40 and [(row[p - 1], row[p]) for p in places] == pairs
+        assert all(row[p - 3 : p - 1] == [3, 4] and row[p + 1] == 5 for p in places)
+        assert {key for key, _ in pairs} <= set(facts.keys[new]) and len({value for _, value in pairs}) == 3
+    with pytest.raises(ValueError, match="at least 15"):
+        facts.window(pairs, 14, 0, 90, draw)
+
+
+def small_facts():
+    pool = [tuple(range(low, low + 10)) for low in (20, 30, 40, 50)]
+    return Facts((3, 4), (5,), (pool[0], pool[1]), (pool[2], pool[3]), tokens(400) % 14 + 6)
+
+
+def test_the_measurement():
+    size = dict(
+        lengths=(1, 3), layer=1, window=24, count=3, contexts=2, samples=6, steps=4, batch=3, options=OPTIONS, facts=small_facts()
+    )
+    model = tiny()
+    before, flags = {k: v.clone() for k, v in model.state_dict().items()}, [p.requires_grad for p in model.parameters()]
+    found = run_pretrained(3, model=model, **size)
+    assert tuple(found) == ("whole", "window", "memory", "writes off", "adapter")
+    assert set(found) == set(PRETRAINED_ARMS)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and len(model.model.layers) == 3
+    assert [p.requires_grad for p in model.parameters()] == flags and model.config.num_hidden_layers == 3
+    for arm, numbers in found.items():
+        assert all(isinstance(value, float | int) for value in numbers.values())
+        assert {f"{name}.x{m}" for name in ("accuracy", "top1_new", "nats") for m in (1, 3)} <= set(numbers), arm
+    assert found["window"]["nats.x1"] == found["window"]["nats.x3"]
+    assert found["writes off"]["nats.x1"] == pytest.approx(found["writes off"]["nats.x3"], abs=1e-5)
+    assert found["memory"]["nats.x1"] != found["memory"]["nats.x3"]
+    assert abs(found["adapter"]["parameters"] / found["memory"]["parameters"] - 1) < 0.1
+    again = run_pretrained(3, ["memory"], model=model, **size)
+    assert again["memory"] == found["memory"]
+    with pytest.raises(ValueError, match="arm"):
+        run_pretrained(0, ["all"], model=model, **size)
 
 
 def test_refusals():
