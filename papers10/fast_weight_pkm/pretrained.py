@@ -391,8 +391,8 @@ def password_facts(tokenizer: Any, words: int = 2048) -> Facts:
     encode = lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)
     return Facts(encode("\nPassword:"), encode(".\n"), halves[0], halves[1], torch.tensor(encode(pydoc_text())))
 
-# %% ../../nbs/03_fast_weight_pkm/08_pretrained.ipynb #f28fed81
-PRETRAINED_ARMS = ("whole", "window", "memory", "writes off", "adapter")
+# %% ../../nbs/03_fast_weight_pkm/08_pretrained.ipynb #03d9ff84
+PRETRAINED_ARMS = ("whole", "window", "memory", "writes-off", "adapter")
 """Arms of `run_pretrained`."""
 
 MEMORY_OPTIONS = dict(n_subkeys=64, topk=8, key_dim=128, value_dim=256, chunk_size=32, value_step="normalized")
@@ -425,7 +425,11 @@ def _training_set(facts: Facts, count: int, samples: int, window: int, split: in
         question, asked = facts.window([pairs[i] for i in order], length, 0, split, draw)
         for name, item in zip(made, (context, [places[i] for i in order], question, asked, [pairs[i][1] for i in order])):
             made[name].append(item)
-    return {name: torch.tensor(items) for name, items in made.items()}
+    data = {name: torch.tensor(items) for name, items in made.items()}
+    # Where the next token is text, and not part of a fact.
+    first, last = data["asked"][..., None] - len(facts.before) - 1, data["asked"][..., None] + len(facts.after)
+    following = torch.arange(1, length)
+    return data | {"plain": (~((following >= first) & (following <= last)).any(1)).float()}
 
 
 def _train(handle: InsertedMemory, data: dict[str, Tensor], streams: tuple[Tensor, Tensor], steps: int, batch: int, lr: float, draw: torch.Generator) -> list[float]:
@@ -444,14 +448,14 @@ def _train(handle: InsertedMemory, data: dict[str, Tensor], streams: tuple[Tenso
             read, places = context[pick], data["places"][pick]
             read = read.index_put((row, places), read[row, places.gather(1, exchange)])
             answers = data["values"][pick].gather(1, exchange)
-            other = torch.randint(question.shape[1] - 1, (len(pick), count), generator=draw)
+            other = torch.multinomial(data["plain"][pick], min(2 * count, 16), generator=draw)
             handle.reset().add(layer, read)
             hidden = upper(inputs_embeds=question[pick], use_cache=False).last_hidden_state
             logits = head(hidden[row, torch.cat([data["asked"][pick] - 1, other], 1)]).float()
             loss = F.cross_entropy(logits[:, :count].flatten(0, 1), answers.flatten())
             text = F.cross_entropy(logits[:, count:].flatten(0, 1), data["question"][pick].gather(1, other + 1).flatten())
             optimizer.zero_grad()
-            (loss + text / 2).backward()
+            (loss + text).backward()
             nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
             optimizer.step()
             rates.step()
@@ -478,7 +482,7 @@ class _Scores:
         flat = {}
         for (length, new), rows in self.rows.items():
             for name, column in zip(("accuracy", "top1", "nats"), zip(*rows)):
-                flat[f"{name}{'_new' if new else ''}.x{length}"] = sum(column) / len(column)
+                flat[f"{name}{'_new' if new else ''}_x{length}"] = sum(column) / len(column)
         return flat | ({"text": sum(self.text) / len(self.text)} if self.text else {})
 
 
@@ -541,8 +545,8 @@ def run_pretrained(
         options: of `FwPKM`, over `MEMORY_OPTIONS`. model, facts: others than SmolLM2 and `password_facts`; of the Llama family.
 
     Returns:
-        {arm: numbers}: "accuracy.x8" the answer is the likeliest of the context's values, at 8 windows; "top1.x8" of all tokens; "nats.x8" its loss; the same with "_new" for
-        words that training never had; "text" loss on the last window of text, nats a token; of trained arms, "first" and "last" loss on the answers (mean of five steps) and
+        {arm: numbers}: "accuracy_x8" the answer is the likeliest of the context's values, at 8 windows; "top1_x8" of all tokens; "nats_x8" its loss; "accuracy_new_x8" and so on
+        for words that training never had; "text" loss on the last window of text, nats a token; of trained arms, "first" and "last" loss on the answers (mean of five steps) and
         "parameters".
 
     Raises:
@@ -577,14 +581,14 @@ def run_pretrained(
     probe = insert_memory(model, [layer], seed=seed, **memory)
     for test in tests:
         test["context_stream"], test["question_stream"] = (probe.stream(test[name])[layer] for name in ("context", "question"))
-    trained = {"memory", "writes off", "adapter"} & set(arms)
+    trained = {"memory", "writes-off", "adapter"} & set(arms)
     kept = tuple(probe.stream(data[name])[layer] for name in ("context", "question")) if trained else None
     parameters = sum(weight.numel() for weight in probe.parameters())
     if "window" in arms:
         # Not trained, so the branch is zero: the unmodified model.
         found["window"] = _score_window(probe, tests, lengths)
     for kind in ("memory", "adapter"):
-        wanted = [arm for arm in (("memory", "writes off") if kind == "memory" else ("adapter",)) if arm in arms]
+        wanted = [arm for arm in (("memory", "writes-off") if kind == "memory" else ("adapter",)) if arm in arms]
         if not wanted:
             continue
         if kind == "adapter":
@@ -595,7 +599,7 @@ def run_pretrained(
         losses = _train(probe, data, kept, steps, batch, lr, generator(seed, "pretrained", "order"))
         learnt = {"first": sum(losses[:5]) / len(losses[:5]), "last": sum(losses[-5:]) / len(losses[-5:]), "parameters": sum(weight.numel() for weight in probe.parameters())}
         for arm in wanted:
-            with memory_options(probe, update=False) if arm == "writes off" else contextlib.nullcontext():
+            with memory_options(probe, update=False) if arm == "writes-off" else contextlib.nullcontext():
                 found[arm] = {**_score_window(probe, tests, lengths), **learnt}
     probe.remove()
     return found

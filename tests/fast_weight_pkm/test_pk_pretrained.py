@@ -234,16 +234,16 @@ def test_the_measurement():
     model = tiny()
     before, flags = {k: v.clone() for k, v in model.state_dict().items()}, [p.requires_grad for p in model.parameters()]
     found = run_pretrained(3, model=model, **size)
-    assert tuple(found) == ("whole", "window", "memory", "writes off", "adapter")
+    assert tuple(found) == ("whole", "window", "memory", "writes-off", "adapter")
     assert set(found) == set(PRETRAINED_ARMS)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and len(model.model.layers) == 3
     assert [p.requires_grad for p in model.parameters()] == flags and model.config.num_hidden_layers == 3
     for arm, numbers in found.items():
         assert all(isinstance(value, float | int) for value in numbers.values())
-        assert {f"{name}.x{m}" for name in ("accuracy", "top1_new", "nats") for m in (1, 3)} <= set(numbers), arm
-    assert found["window"]["nats.x1"] == found["window"]["nats.x3"]
-    assert found["writes off"]["nats.x1"] == pytest.approx(found["writes off"]["nats.x3"], abs=1e-5)
-    assert found["memory"]["nats.x1"] != found["memory"]["nats.x3"]
+        assert {f"{name}_x{m}" for name in ("accuracy", "top1_new", "nats") for m in (1, 3)} <= set(numbers), arm
+    assert found["window"]["nats_x1"] == found["window"]["nats_x3"]
+    assert found["writes-off"]["nats_x1"] == pytest.approx(found["writes-off"]["nats_x3"], abs=1e-5)
+    assert found["memory"]["nats_x1"] != found["memory"]["nats_x3"]
     assert abs(found["adapter"]["parameters"] / found["memory"]["parameters"] - 1) < 0.1
     again = run_pretrained(3, ["memory"], model=model, **size)
     assert again["memory"] == found["memory"]
