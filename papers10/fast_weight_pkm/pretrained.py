@@ -30,7 +30,7 @@ from .memory import FwPKMState
 from .model import memory_options
 from ..lm.optim import schedule
 
-# %% ../../nbs/03_fast_weight_pkm/08_pretrained.ipynb #deacf98c
+# %% ../../nbs/03_fast_weight_pkm/08_pretrained.ipynb #78d913bf
 class Adapter(nn.Module):
     """A branch without memory: norm, linear, SiLU, linear (zero at the start); [B, T, d] -> [B, T, d].
 
@@ -304,7 +304,7 @@ def insert_memory(model: nn.Module, layers: Sequence[int], *, kind: str = "fwpkm
     width, first = model.get_input_embeddings().weight.shape[1], next(model.parameters())
     branches = {}
     for layer in sorted(layers):
-        branch = seeded(seed, f"inserted {layer}", lambda: _KINDS[kind](width, layer=layer, **options))
+        branch = seeded(seed, f"inserted {layer}", lambda layer=layer: _KINDS[kind](width, layer=layer, **options))
         nn.init.zeros_(branch.o_proj.weight)
         nn.init.zeros_(branch.o_proj.bias)
         branches[layer] = branch.to(first.device)

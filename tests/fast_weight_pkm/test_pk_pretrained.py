@@ -229,7 +229,16 @@ def small_facts():
 
 def test_the_measurement():
     size = dict(
-        lengths=(1, 3), layer=1, window=24, count=3, contexts=2, samples=6, steps=4, batch=3, options=OPTIONS, facts=small_facts()
+        lengths=(1, 3),
+        layer=1,
+        window=24,
+        count=3,
+        contexts=2,
+        samples=6,
+        steps=4,
+        batch=3,
+        options=OPTIONS,
+        facts=small_facts(),
     )
     model = tiny()
     before, flags = {k: v.clone() for k, v in model.state_dict().items()}, [p.requires_grad for p in model.parameters()]
