@@ -38,7 +38,7 @@ def fwpkm_write(
     """
     return slot_write(values, slots, weights, error, scale=lr, counts=reads, inplace=inplace, backend=backend)
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #044ca652
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #3b82f0e9
 _QUEUE = ("q", "v", "g", "present", "number")
 
 
@@ -136,8 +136,9 @@ class FwPKMState:
         return replace(self, keys=tables[0], values=tables[1], queue=queue, seen=None if self.seen is None else pick(self.seen), initial=first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers under flat names; `from_state_dict` reads them back. The first tables are left out."""
-        flat: dict[str, Any] = {"keys": self.keys, "values": self.values, "carried": self.carried, "step": self.step}
+        """Copies of all tensors, and numbers, under flat names; `from_state_dict` reads them back. The first tables are left out."""
+        # A stream may write into its tables; what was saved must stay.
+        flat: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "carried": self.carried, "step": self.step}
         if self.seen is not None:
             flat["seen"] = self.seen
         return flat | {f"queue.{name}": part for name, part in (self.queue or {}).items()}
@@ -161,7 +162,7 @@ class FwPKMState:
         queue = {name: state[f"queue.{name}"] for name in _QUEUE if f"queue.{name}" in state} or None
         return cls(state["keys"], state["values"], queue, int(state["carried"]), int(state["step"]), state.get("seen"))
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #db644c62
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #e4648c4c
 @dataclass
 class FwPKMAux:
     """What a call of `fwpkm` saw.
@@ -403,7 +404,8 @@ class _Run:
         rows = torch.unique(slots[written])[:, None]
         ones = torch.ones(rows.shape, dtype=table.dtype, device=rows.device)
         old = slot_read(table, rows, ones, backend=self.backend)
-        self.values = slot_write(table, rows, ones, old, scale=self.value_decay, counts=torch.ones_like(rows), backend=self.backend).view(self.values.shape)
+        left = slot_write(table, rows, ones, old, scale=self.value_decay, counts=torch.ones_like(rows), backend=self.backend)
+        self.values, self.borrowed = _OwnTable.apply(left.view(self.values.shape)), False
 
     def _shift(self, done: Tensor | None, length: int) -> None:
         """The last tokens of a written chunk become the carried ones of the next."""
