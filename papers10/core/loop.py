@@ -45,7 +45,7 @@ class LoopConfig(Config):
     nonfinite_limit: int = Field(default=10, ge=0, description="skipped steps in a row that are tolerated")
     seed: int = Field(default=0, ge=0, description="seeds torch's own generator (dropout) at the start")
 
-# %% ../../nbs/shared/core/loop.ipynb #60a75723
+# %% ../../nbs/shared/core/loop.ipynb #d3c4be76
 @dataclass
 class History:
     """What training reported. `records` is a list of flat mappings, each with its `step`."""
@@ -79,6 +79,12 @@ class History:
         """Steps and values of `key`, for a plot."""
         rows = [(record["step"], record[key]) for record in self.records if key in record]
         return [step for step, _ in rows], [value for _, value in rows]
+
+    def tail(self, key: str, share: float = 0.1) -> float | None:
+        """Mean of the last `share` of the values of `key`, at least one; None when there is none or one was not finite."""
+        values = self.column(key)[1]
+        last = values[-max(1, int(len(values) * share)) :]
+        return None if not last or any(value is None for value in last) else sum(last) / len(last)
 
 # %% ../../nbs/shared/core/loop.ipynb #8198110d
 class _Repeated:

@@ -72,26 +72,15 @@ def match_parameters(config: FwPKMConfig, wanted: int) -> FwPKMConfig:
     per_unit = _parameters(replace(config, mlp_size=width + 1)) - _parameters(config)
     return replace(config, mlp_size=max(1, width + round((wanted - _parameters(config)) / per_unit)))
 
-# %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #9e29983a
-def _forever(draw: Callable[[], TaskBatch]):
-    while True:
-        yield draw()
-
-
-def _final_loss(history) -> float | None:
-    losses = history.column("loss")[1]
-    last = losses[-max(1, len(losses) // 10) :]
-    return None if any(value is None for value in last) or not last else sum(last) / len(last)
-
-
+# %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #8387b5b2
 @lru_cache(maxsize=4)
 def _trained(arm: str, seed: int, steps: int, lr: float, batch: int, length: int) -> tuple[FwPKMCausalLM, float | None]:
     model, draw = FwPKMCausalLM(needle_config(arm), seed=seed), generator(seed, "needles", "train")
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=lr, betas=(0.9, 0.95))
     state = TrainState(model, optimizer, schedule(optimizer, "cosine", warmup=min(20, steps - 1), steps=max(steps, 1), floor=0.1),
-                       batches=_forever(lambda: needle(batch, length, generator=draw)))
+                       batches=iter(lambda: needle(batch, length, generator=draw), None))
     history = train(state, lambda state, task: {"loss": task.loss(state.model(task.ids).logits)}, LoopConfig(steps=steps), name=f"needles-{arm}")
-    return model.eval(), _final_loss(history)
+    return model.eval(), history.tail("loss")
 
 
 def needle_model(arm: str, seed: int, *, steps: int = 180, lr: float | None = None, batch: int = 12, length: int = 96) -> FwPKMCausalLM:

@@ -60,7 +60,7 @@ def text_config(arm: str, **changes: Any) -> FwPKMConfig:
     config = variant(options.pop("backbone", "swa"), options.pop("memory"), **{**_SIZES, **options})
     return match_parameters(config, FwPKMCausalLM(variant("swa", "pkm@1", **_SIZES)).num_parameters())
 
-# %% ../../nbs/03_fast_weight_pkm/07_text.ipynb #9dd71642
+# %% ../../nbs/03_fast_weight_pkm/07_text.ipynb #f25200dd
 def _windows(data: Tensor, batch: int, length: int, draw: torch.Generator):
     while True:
         start = torch.randint(len(data) - length, (batch,), generator=draw)
@@ -74,9 +74,7 @@ def _trained(arm: str, seed: int, steps: int, lr: float, batch: int, length: int
     state = TrainState(model, optimizer, schedule(optimizer, "cosine", warmup=min(20, steps - 1), steps=max(steps, 1), floor=0.1),
                        batches=_windows(_split("source")[0], batch, length, draw))
     history = train(state, lambda state, ids: {"loss": state.model(ids, labels=ids, return_logits=False).loss}, LoopConfig(steps=steps, seed=seed), name=f"text-{arm}")
-    losses = history.column("loss")[1]
-    last = losses[-max(1, len(losses) // 10) :]
-    return model.eval(), None if not last or any(value is None for value in last) else sum(last) / len(last)
+    return model.eval(), history.tail("loss")
 
 
 def text_model(arm: str, seed: int, *, steps: int = 200, lr: float | None = None, batch: int = 8, length: int = 512) -> FwPKMCausalLM:

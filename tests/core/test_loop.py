@@ -398,3 +398,12 @@ def test_replace_parameters_keeps_shared_names_and_moments():
     assert state.resized == {"embed.weight", "head.weight"} and old not in state.optimizer.state
     with pytest.raises(ValueError, match="parameters of the model"):
         state.replace_parameters({old: new})
+
+
+def test_tail_is_the_mean_of_the_last_values():
+    history = History()
+    for step in range(30):
+        history.add(step, loss=float(step))
+    assert history.tail("loss") == 28 and history.tail("loss", 0.01) == 29
+    history.add(30, loss=float("nan"))
+    assert history.tail("loss") is None and History().tail("loss") is None
