@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papers10.core.random import generator
-from papers10.fast_weight_pkm.addressing import ProductKeyMemory, addressing_step, marginal_entropy, memory_stats, pkm_address
+from papers10.fast_weight_pkm.addressing import (
+    ProductKeyMemory,
+    addressing_step,
+    marginal_entropy,
+    memory_stats,
+    pkm_address,
+)
 
 
 def _double(seed, *shape):

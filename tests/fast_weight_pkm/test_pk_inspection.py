@@ -1,11 +1,20 @@
 """Looking into the slots: exact coefficients, logs across calls, bounds, refusals."""
 
+import itertools
+
 import pytest
 import torch
 
 import papers10.fast_weight_pkm.layer as layer_module
 from papers10.core.random import generator, seeded
-from papers10.fast_weight_pkm.inspection import Records, SlotInspector, gate_histogram, nearest, similar_slots, stream_stats
+from papers10.fast_weight_pkm.inspection import (
+    Records,
+    SlotInspector,
+    gate_histogram,
+    nearest,
+    similar_slots,
+    stream_stats,
+)
 from papers10.fast_weight_pkm.layer import FwPKM, FwPKMLayer
 from papers10.fast_weight_pkm.model import FwPKMCausalLM, iterative_read, memories, memory_options, variant
 
@@ -227,7 +236,7 @@ def test_statistics():
     stream = stream_stats(model, ids, segment=8)
     assert [record["tokens"] for record in stream] == [8, 8, 16, 16, 24, 24, 30, 30]
     first = [record for record in stream if record["memory"] == stream[0]["memory"]]
-    assert all(a["ever"] <= b["ever"] for a, b in zip(first, first[1:])) and abs(first[0]["ever"] - first[0]["coverage"]) < 1e-12
+    assert all(a["ever"] <= b["ever"] for a, b in itertools.pairwise(first)) and abs(first[0]["ever"] - first[0]["coverage"]) < 1e-12
     lasting = _model(fwpkm_state_mode="persistent")
     before = memories(lasting)[0].values.clone()
     gate_histogram(lasting, ids)

@@ -110,7 +110,7 @@ def test_state_of_the_layer_round_trips_and_keeps_its_dtype():
 
 def test_aux_reports_what_happened():
     layer, x = _layer(), _hidden()
-    out, state, aux = layer(x, return_aux=True)
+    aux = layer(x, return_aux=True)[2]
     assert aux.writes == 3 and aux.gate.shape == (2, 14) and aux.slots.shape == (2, 14, 3) and float(aux.mem_loss) > 0
     assert 0 < aux.stats["coverage"] <= 1 and aux.max_step > 0 and aux.nonfinite == 0
 

@@ -32,7 +32,11 @@ def _naive(q, v, g, state, *, chunk_size, lookahead, topk, lr, value_step, addr_
     keys, values, out = state.keys[0].clone(), state.values[0].clone(), []
     for start in range(0, len(q), chunk_size):
         stop = min(start + chunk_size, len(q))
-        read = lambda t: (lambda f: (values[f.slots] * f.weights[:, None]).sum(0))(pkm_address(q[t], keys, topk))
+
+        def read(t, keys=keys, values=values):
+            at = pkm_address(q[t], keys, topk)
+            return (values[at.slots] * at.weights[:, None]).sum(0)
+
         out += [read(t) for t in range(start, stop)]
         if stop - start < chunk_size:
             break
@@ -113,7 +117,7 @@ def test_what_changes_nothing():
     (q, v, g), state = _problem()
     before = state.values.clone(), state.keys.clone()
     for options in ({"lr": 0.0}, {"update": False}):
-        out, after, _ = fwpkm(q, v, g, state, chunk_size=4, topk=2, **options)
+        after = fwpkm(q, v, g, state, chunk_size=4, topk=2, **options)[1]
         assert torch.equal(after.values, before[0]) and torch.equal(after.keys, before[1])
     after = fwpkm(q, v, 0 * g, state, chunk_size=4, topk=2, addr_weight=0.0)[1]
     assert torch.equal(after.values, before[0])
