@@ -227,7 +227,7 @@ class FwPKMLayer(FwPKM):
         out, *rest = super().forward(hidden, state, attention_mask, use_cache, return_aux)
         return (hidden + out, *rest)
 
-# %% ../../nbs/03_fast_weight_pkm/03_layer.ipynb #22a79aee
+# %% ../../nbs/03_fast_weight_pkm/03_layer.ipynb #0c116eef
 class _NetworkRun(_Run):
     """As `_Run` with six weights in place of the tables."""
 
@@ -342,7 +342,7 @@ class FwMLP(_GatedMemory):
         q = _scaled(q.unflatten(-1, (1, -1)), self.query_norm)
         state = self.new_state(batch) if state is None else state
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _NetworkRun(state, batch, q, dict(lookahead=self.lookahead, lr=self.fast_lr, boundary=self.boundary, detach_every=None), False)
+            run = _NetworkRun(state, dict(lookahead=self.lookahead, lr=self.fast_lr, boundary=self.boundary, detach_every=None))
             there = torch.ones(batch, time, dtype=torch.bool, device=q.device) if mask is None else mask
             number = state.seen + torch.arange(1, time + 1, device=q.device).expand(batch, time)
             if self.update:

@@ -38,7 +38,7 @@ def fwpkm_write(
     """
     return slot_write(values, slots, weights, error, scale=lr, counts=reads, inplace=inplace, backend=backend)
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #3b82f0e9
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #1d7764ae
 _QUEUE = ("q", "v", "g", "present", "number")
 
 
@@ -136,8 +136,8 @@ class FwPKMState:
         return replace(self, keys=tables[0], values=tables[1], queue=queue, seen=None if self.seen is None else pick(self.seen), initial=first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all tensors, and numbers, under flat names; `from_state_dict` reads them back. The first tables are left out."""
-        # A stream may write into its tables; what was saved must stay.
+        """Copies of the tables, the queue and numbers, under flat names; `from_state_dict` reads them back. The first tables are left out."""
+        # A stream may write into its tables, never into its queue; what was saved must stay.
         flat: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "carried": self.carried, "step": self.step}
         if self.seen is not None:
             flat["seen"] = self.seen
@@ -162,7 +162,7 @@ class FwPKMState:
         queue = {name: state[f"queue.{name}"] for name in _QUEUE if f"queue.{name}" in state} or None
         return cls(state["keys"], state["values"], queue, int(state["carried"]), int(state["step"]), state.get("seen"))
 
-# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #e4648c4c
+# %% ../../nbs/03_fast_weight_pkm/02_fast_weights.ipynb #ca225fef
 @dataclass
 class FwPKMAux:
     """What a call of `fwpkm` saw.
@@ -265,9 +265,9 @@ class _Run:
 
     report = False
 
-    def __init__(self, state: FwPKMState, batch: int, like: Tensor, options: dict[str, Any], inplace: bool):
+    def __init__(self, state: FwPKMState, options: dict[str, Any], inplace: bool = False):
         self.__dict__.update(options)
-        self.state, self.keys, self.values, self.inplace = state, state.keys, state.values, inplace
+        self.keys, self.values, self.inplace = state.keys, state.values, inplace
         self.own, self.carried, self.step = state.per_sample, state.carried, state.step
         self.queue = None if state.queue is None else dict(state.queue)
         self.losses, self.entropies, self.largest, self.writes, self.since = [], [], [], 0, 0
@@ -278,6 +278,10 @@ class _Run:
     def address(self, q: Tensor) -> PKMAddress:
         return pkm_address(q, self.keys, self.topk, score=self.score, eps=self.eps, temperature=self.temperature, normalize=self.normalize,
                            share_values=self.values.shape[-2] == self.keys.shape[-2] ** 2, backend=self.backend)
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Slots [B, P, R] as rows of the tables of all samples one after the other."""
+        return slots + torch.arange(slots.shape[0], device=slots.device)[:, None, None] * self.values.shape[1] if self.own else slots
 
     def read(self, found: PKMAddress) -> Tensor:
         return slot_read(self.values, found.slots, found.weights, keep="rows", backend=self.backend)
@@ -386,10 +390,9 @@ class _Run:
         """Gradient in the keys of the mean of ½ g ‖read − target‖² over the written pairs of a table."""
         slots, weights, side, q = (part[:, source] for part in (found.slots, found.weights, found.side_scores, self.queue["q"]))
         table = self.values.reshape(-1, self.values.shape[-1])
-        flat = slots + torch.arange(slots.shape[0], device=slots.device)[:, None, None] * self.values.shape[1] if self.own else slots
         error = self.queue["g"][:, source, None] * (read[:, source] - self.queue["v"][:, target])
         number = (written.sum(1).clamp_min(1)[:, None, None] if self.own else written.sum().clamp_min(1))
-        by_weight = (table[flat] @ error[..., None])[..., 0] * written[..., None] / number
+        by_weight = (table[self.rows(slots)] @ error[..., None])[..., 0] * written[..., None] / number
         by_score = weights * (by_weight - (weights * by_weight).sum(-1, keepdim=True)) / self.temperature
         heads, n = side.shape[-3], side.shape[-1]
         by_score, place = by_score.unflatten(-1, (heads, -1)), (slots % (n * n)).unflatten(-1, (heads, -1))
@@ -399,9 +402,7 @@ class _Run:
     def _forget(self, slots: Tensor, written: Tensor) -> None:
         """The slots that are about to be written lose the share `value_decay`."""
         table = self.values.reshape(-1, self.values.shape[-1])
-        if self.own:
-            slots = slots + torch.arange(slots.shape[0], device=slots.device)[:, None, None] * self.values.shape[1]
-        rows = torch.unique(slots[written])[:, None]
+        rows = torch.unique(self.rows(slots)[written])[:, None]
         ones = torch.ones(rows.shape, dtype=table.dtype, device=rows.device)
         old = slot_read(table, rows, ones, backend=self.backend)
         left = slot_write(table, rows, ones, old, scale=self.value_decay, counts=torch.ones_like(rows), backend=self.backend)
@@ -507,16 +508,14 @@ def fwpkm(
     options = dict(lookahead=lookahead, topk=topk, lr=lr, value_step=value_step, addr_weight=addr_weight, boundary=boundary, score=score, eps=eps, temperature=temperature,
                    normalize=normalize, gate_loss=gate_loss, grad_clip=grad_clip, value_decay=value_decay, detach_every=detach_every, keys_follow_values=keys_follow_values, observer=observer, report=return_aux,
                    backend=backend)
-    run = _Run(state, batch, q, options, inplace)
+    run = _Run(state, options, inplace)
     reads: list[tuple[PKMAddress, Tensor]] = []
     seen = torch.zeros(batch, dtype=torch.int64, device=q.device) if state.seen is None else state.seen
     held = state.pending
     left_out = mask is not None and not bool(mask.all())
     ragged = state.per_sample and (left_out or (held is not None and bool((held != held[0]).any())))
     run.full = not left_out and bad is None and (state.queue is None or bool(state.queue["present"].all()))
-    number = seen[:, None] + (there.long() if ragged else torch.ones_like(there, dtype=torch.int64)).cumsum(1)
-    if ragged and bad is not None:
-        number = seen[:, None] + (torch.ones_like(there) if mask is None else mask).long().cumsum(1)
+    number = seen[:, None] + (mask if ragged and mask is not None else torch.ones_like(there)).long().cumsum(1)
     tokens = {"q": q, "v": v, "g": g, "present": there, "number": number}
     if not update:
         found = run.address(q)

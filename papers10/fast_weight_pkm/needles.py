@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/03_fast_weight_pkm/needles.html.md"""
 # %% auto #0
 __all__ = ['NEEDLE_ARMS', 'NEEDLE_RATES', 'needle_config', 'match_parameters', 'needle_model', 'run_needles', 'run_reading']
 
-# %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #948ad3ee
+# %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #836c8a83
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,7 @@ from ..core.loop import LoopConfig, TrainState, train
 from ..core.random import generator
 from ..lm.optim import parameter_groups, schedule
 from ..lm.tasks import TaskBatch, needle, needle_vocab
-from .model import FwPKMCausalLM, FwPKMConfig, iterative_read, memories, memory_options, variant
+from .model import FwPKMCausalLM, FwPKMConfig, gate_means, iterative_read, memories, memory_options, variant
 
 # %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #36b4f380
 _SIZES: dict[str, Any] = dict(
@@ -72,7 +72,7 @@ def match_parameters(config: FwPKMConfig, wanted: int) -> FwPKMConfig:
     per_unit = _parameters(replace(config, mlp_size=width + 1)) - _parameters(config)
     return replace(config, mlp_size=max(1, width + round((wanted - _parameters(config)) / per_unit)))
 
-# %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #8387b5b2
+# %% ../../nbs/03_fast_weight_pkm/06_needles.ipynb #6272f39d
 @lru_cache(maxsize=4)
 def _trained(arm: str, seed: int, steps: int, lr: float, batch: int, length: int) -> tuple[FwPKMCausalLM, float | None]:
     model, draw = FwPKMCausalLM(needle_config(arm), seed=seed), generator(seed, "needles", "train")
@@ -132,12 +132,8 @@ def run_needles(
         if writes_off and memories(model):
             with memory_options(model, update=False):
                 result["off"][str(size)] = _accuracy(lambda task: model(task.ids).logits, batches)
-    part = model.extra["1"] if "1" in model.extra else None
-    if arm not in ("none", "full-attention", "gated-deltanet", "fwmlp"):
-        part.report = True
-        with torch.no_grad():
-            result["gate"] = model(_test(length, samples, seed)[0].ids).aux["blocks.1.fwpkm.gate"]
-        part.report = False
+    for gate in gate_means(model, _test(length, samples, seed)[0].ids).values():
+        result["gate"] = float(gate.mean())
     return result
 
 
