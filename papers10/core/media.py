@@ -251,7 +251,7 @@ def write_image(path: str | os.PathLike, image: Any) -> Path:
         picture.save(temporary, **({"quality": 95} if target.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}))
     return target
 
-# %% ../../nbs/shared/core/media.ipynb #aae1f408
+# %% ../../nbs/shared/core/media.ipynb #7306439e
 class _Opened(NamedTuple):
     """frames() yields (moment in seconds or NaN, uint8 [H, W, 3]); mean frames a second or None; seconds between two possible time stamps."""
 
@@ -308,15 +308,18 @@ def _from_av(path: Path) -> _Opened:
         raise ValueError(f"path: expected a video, got {path}: {error.strerror or error}") from error
 
     def frames() -> Iterator[tuple[float, np.ndarray]]:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            first = None
-            for frame in container.decode(stream):
-                moment = math.nan if frame.time is None else float(frame.time)
-                first = moment if first is None else first
-                turns = round(getattr(frame, "rotation", 0) / 90) % 4
-                yield moment - first, np.rot90(frame.to_ndarray(format="rgb24"), turns)
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                first = None
+                for frame in container.decode(stream):
+                    moment = math.nan if frame.time is None else float(frame.time)
+                    first = moment if first is None else first
+                    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+                    yield moment - first, np.rot90(frame.to_ndarray(format="rgb24"), turns)
+        except av.error.FFmpegError as error:
+            raise OSError(error.strerror or str(error)) from error
 
     return _Opened(frames, float(rate) if rate else None, float(tick or 0))
 
