@@ -305,15 +305,27 @@ def hermite_derivative(
     check_choice("order", order, [1, 2])
     return _evaluate(points, t, order, tangents, slopes, gates, extrapolate, span)
 
-# %% ../../nbs/shared/splat/motion.ipynb #0d6f79ed
-def motion_curvature(kind: str, n: int, *, dtype: torch.dtype = torch.float64) -> Float[Tensor, "n n"]:
+# %% ../../nbs/shared/splat/motion.ipynb #46c57560
+def motion_curvature(
+    kind: str, n: int, *, form: str = "integral", dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "n n"]:
     """M [n, n], symmetric, with ∫₀¹ ‖x''‖² dt = Σ_d p_dᵀ M p_d for coefficients p [n, D] of `motion_matrix(kind, t, n)`.
 
     Time runs over [0, 1]. "linear" gives 0: its acceleration is 0 between knots and infinite at them, so a penalty
-    on it does nothing. Raises ValueError for an unknown kind or a bad `n`.
+    on it does nothing. `form="discrete"`, for kinds with knots, gives the mean over inner knots of
+    ‖P₍k+1₎ - 2P_k + P₍k-1₎‖² / h⁴ instead, which acts on "linear" too. Raises ValueError for an unknown kind or
+    form, a bad `n`, or "discrete" without knots.
     """
     check_choice("kind", kind, KINDS)
+    check_choice("form", form, ["integral", "discrete"])
     n = _count("n", n)
+    if form == "discrete":
+        if kind in ("poly_fourier", "polynomial"):
+            raise ValueError(f"form: expected 'integral' for {kind!r}, which has no knots, got 'discrete'")
+        if n < 3:
+            return torch.zeros(n, n, dtype=dtype)
+        second = torch.eye(n, dtype=torch.float64).diff(n=2, dim=0) * (n - 1) ** 2
+        return (second.T @ second / (n - 2)).to(dtype)
     if kind in ("poly_fourier", "polynomial"):
         degree, harmonics = _wave_counts(kind, n)
         nodes, weights = np.polynomial.legendre.leggauss(32 + degree + 4 * harmonics)
@@ -404,7 +416,7 @@ def curvature_energy(
     right = -chord + (2 * m[..., :-1, :] + 4 * m[..., 1:, :]) / h
     return scale * (h / 3) * (left * left + left * right + right * right).sum((-2, -1))
 
-# %% ../../nbs/shared/splat/motion.ipynb #592f3c8e
+# %% ../../nbs/shared/splat/motion.ipynb #f22c3d99
 def fit_tracks(
     tracks: Float[Tensor, "tracks time dim"],
     visible: Bool[Tensor, "tracks time"] | None,
@@ -415,6 +427,7 @@ def fit_tracks(
     ridge: float = 1e-6,
     *,
     kind: str = "hermite",
+    form: str = "integral",
     span: Sequence[float] = (0.0, 1.0),
     chunk: int = 4096,
 ) -> Float[Tensor, "tracks n dim"]:
@@ -426,8 +439,9 @@ def fit_tracks(
         confidence: [M, T] in [0, 1], or None for 1.
         t: [T] times in `span`, in any order.
         num_knots: n of `motion_matrix`.
-        lam: weight >= 0 of ∫₀¹ ‖x''‖² dt against the sum of squared distances (default: spec, our choice).
+        lam: weight >= 0 of the curvature ∫₀¹ ‖x''‖² dt against the sum of squared distances (default: spec, our choice).
         ridge: weight >= 0 of the pull of the coefficients towards the track's mean position.
+        kind, span: as in `motion_matrix`. form: of `motion_curvature`; "discrete" gives "linear" a penalty too.
         chunk: tracks solved at once; bounds the memory to chunk × n² numbers.
 
     Raises:
@@ -463,7 +477,7 @@ def fit_tracks(
         )
     B = motion_matrix(kind, t.to(tracks.device), num_knots, dtype=torch.float64, span=span)
     n = B.shape[1]
-    penalty = lam * motion_curvature(kind, n).to(B.device) + ridge * torch.eye(n, dtype=B.dtype, device=B.device)
+    penalty = lam * motion_curvature(kind, n, form=form).to(B.device) + ridge * torch.eye(n, dtype=B.dtype, device=B.device)
     mean = (weights[..., None] * y).sum(1) / total
     # Coefficients of the constant 1: all knots, or the power 0 alone.
     constant = torch.ones(n, dtype=B.dtype, device=B.device)

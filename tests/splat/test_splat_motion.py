@@ -193,6 +193,8 @@ def test_curvature_of_other_tangents_and_invariants():
         rotation = torch.linalg.qr(draw(3, 3, name="q"))[0]
         torch.testing.assert_close(mo.curvature_energy(3 * points @ rotation + 5, form=form, n_frames=11), 9 * energy)
     assert not mo.motion_curvature("linear", 5).any()
+    discrete = (points * (mo.motion_curvature("linear", 6, form="discrete") @ points)).sum((-2, -1))
+    torch.testing.assert_close(mo.curvature_energy(points, form="discrete", time_unit="unit"), discrete)
 
 
 @pytest.mark.parametrize("kind", ["hermite", "cubic", "linear", "poly_fourier", "polynomial"])
@@ -296,6 +298,7 @@ def test_learned_tangents_start_almost_automatic():
         (lambda: mo.hermite_matrix(grid(3), 3, span=(1, 1)), ValueError, "span: expected start < end"),
         (lambda: mo.motion_matrix("hermit", grid(3), 3), ValueError, "did you mean 'hermite'"),
         (lambda: mo.motion_matrix("poly_fourier", grid(3), 7), ValueError, "n: expected 4"),
+        (lambda: mo.motion_curvature("polynomial", 4, form="discrete"), ValueError, "no knots"),
         (lambda: mo.motion_curvature("hermite", 0), ValueError, "n: expected"),
         (lambda: mo.hermite_eval(torch.ones(0, 2), grid(3)), ValueError, "at least one knot"),
         (lambda: mo.hermite_eval(torch.full((3, 2), math.nan), grid(3)), ValueError, "points: expected finite"),
