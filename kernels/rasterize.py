@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/kernels/rasterize.html.md"""
 # %% auto #0
 __all__ = ['SPEC', 'rasterize_reference', 'gsplat_alpha_max', 'rasterize']
 
-# %% ../nbs/kernels/rasterize.ipynb #a4ee6868
+# %% ../nbs/kernels/rasterize.ipynb #f4c3c805
 import functools
 import math
 import warnings
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, installed, op_name, register, resolve_backend
+from .common import Hardware, KernelSpec, TritonEntry, installed, interpreting, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/rasterize.ipynb #ecdf0bdc
 def _dense_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, depths: Tensor, waves: Tensor | None, weights: Tensor | None,
@@ -646,6 +646,254 @@ def _backward_numba(tensors, reach, backgrounds, settings, end, last, grad, grad
     _compiled_loops()[1](*arrays, *sizes, recurrence, end.numpy(), last.numpy(), grad.contiguous().numpy(), behind.contiguous().numpy(), absolute, rows.numpy())
     return _split_rows(_pair_rows(pairs, rows, means.shape[0]), channels, count, phases.shape[1] > 0, absolute)
 
+# %% ../nbs/kernels/rasterize.ipynb #bdbac4c8
+if installed("triton"):
+    import triton
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    @triton.jit
+    def _pixels_of(number, width, height, columns, lines, TILE: tl.constexpr):
+        """Image, coordinates and row numbers of a tile's pixels, and which of them lie in the image."""
+        local = number % (columns * lines)
+        lane = tl.arange(0, TILE * TILE)
+        x, y = (local % columns) * TILE + lane % TILE, (local // columns) * TILE + lane // TILE
+        image = (number // (columns * lines)).to(tl.int64)
+        return image, x + 0.5, y + 0.5, (image * height + y) * width + x, (x < width) & (y < height)
+
+    @triton.jit
+    def _waves_of(wave_ptr, dx, dy, F: tl.constexpr, BLOCK_F: tl.constexpr, PHASES: tl.constexpr):
+        """Angles in (-pi, pi] and weights of a primitive's waves: [BLOCK_F, lanes] and [BLOCK_F]."""
+        f = tl.arange(0, BLOCK_F)
+        real = f < F
+        turns = tl.load(wave_ptr + 2 * f, mask=real, other=0.0)[:, None] * dx[None, :] + tl.load(wave_ptr + 2 * f + 1, mask=real, other=0.0)[:, None] * dy[None, :]
+        if PHASES:
+            turns += tl.load(wave_ptr + 3 * F + f, mask=real, other=0.0)[:, None]
+        return (turns - tl.floor(turns + 0.5)) * 6.283185307179586, tl.load(wave_ptr + 2 * F + f, mask=real, other=0.0)
+
+    @triton.jit
+    def _forward_kernel(table_ptr, pairs_ptr, offsets_ptr, backgrounds_ptr, render_ptr, end_ptr, last_ptr, width, height, columns, lines,
+                        alpha_min, alpha_max, t_min, C: tl.constexpr, F: tl.constexpr, PHASES: tl.constexpr, ROW: tl.constexpr,
+                        BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr, STEP: tl.constexpr):
+        number, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        image, x, y, pixel, inside = _pixels_of(number, width, height, columns, lines, TILE)
+        start, stop = tl.load(offsets_ptr + number).to(tl.int32), tl.load(offsets_ptr + number + 1).to(tl.int32)
+        light = tl.full([TILE * TILE], 1.0, tl.float32)
+        last = tl.zeros([TILE * TILE], tl.int32)
+        alive = inside
+        out = tl.zeros([BLOCK_C, TILE * TILE], tl.float32)
+        place = start
+        running = stop > start
+        while running:
+            for at in range(place, tl.minimum(place + STEP, stop)):
+                row = table_ptr + tl.load(pairs_ptr + at).to(tl.int64) * ROW
+                dx, dy = x - tl.load(row), y - tl.load(row + 1)
+                power = tl.load(row + 2) * dx * dx + tl.load(row + 3) * dx * dy + tl.load(row + 4) * dy * dy
+                full = tl.load(row + 5) * tl.exp2(tl.minimum(power, 0.0))
+                if F > 0:
+                    angle, weight = _waves_of(row + 7 + C, dx, dy, F, BLOCK_F, PHASES)
+                    full *= tl.maximum(tl.load(row + 6) + tl.sum(weight[:, None] * (libdevice.fast_cosf(angle) if FAST else tl.cos(angle)), 0), 0.0)
+                alpha = tl.minimum(full, alpha_max)
+                after = light * (1 - alpha)
+                hit = alive & (alpha >= alpha_min)
+                alive = alive & ((after > t_min) | (alpha < alpha_min))
+                used = hit & (after > t_min)
+                color = tl.load(row + 7 + channel, mask=channel < C, other=0.0)
+                out += color[:, None] * tl.where(used, alpha * light, 0.0)[None, :]
+                light = tl.where(used, after, light)
+                last = tl.where(used, at - start + 1, last)
+            place += STEP
+            running = (place < stop) & (tl.max(alive.to(tl.int32), 0) > 0)
+        out += tl.load(backgrounds_ptr + image * C + channel, mask=channel < C, other=0.0)[:, None] * light[None, :]
+        tl.store(render_ptr + pixel[None, :] * C + channel[:, None], out, mask=inside[None, :] & (channel < C)[:, None])
+        if tl.program_id(1) == 0:
+            tl.store(end_ptr + pixel, light, mask=inside)
+            tl.store(last_ptr + pixel, last, mask=inside)
+
+    @triton.jit
+    def _put(ptr, value, mask, ATOMIC: tl.constexpr):
+        if ATOMIC:
+            tl.atomic_add(ptr, value, mask=mask, sem="relaxed")
+        else:
+            tl.store(ptr, value, mask=mask)
+
+    @triton.jit
+    def _backward_kernel(table_ptr, pairs_ptr, offsets_ptr, end_ptr, last_ptr, grad_ptr, behind_ptr, rows_ptr, width, height, columns, lines,
+                         alpha_min, alpha_max, C: tl.constexpr, F: tl.constexpr, PHASES: tl.constexpr, ROW: tl.constexpr, G: tl.constexpr,
+                         BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr, ABSOLUTE: tl.constexpr, ATOMIC: tl.constexpr):
+        number, channel = tl.program_id(0), tl.arange(0, BLOCK_C)
+        image, x, y, pixel, inside = _pixels_of(number, width, height, columns, lines, TILE)
+        start = tl.load(offsets_ptr + number).to(tl.int32)
+        light = tl.load(end_ptr + pixel, mask=inside, other=1.0)
+        rest = tl.load(behind_ptr + pixel, mask=inside, other=0.0)
+        last = tl.load(last_ptr + pixel, mask=inside, other=0)
+        grad = tl.zeros([BLOCK_C, TILE * TILE], tl.float32)
+        if C <= BLOCK_C:
+            grad = tl.load(grad_ptr + pixel[None, :] * C + channel[:, None], mask=inside[None, :] & (channel < C)[:, None], other=0.0)
+        stop = tl.max(last, 0)
+        for back in range(0, stop):
+            at = start + stop - 1 - back
+            primitive = tl.load(pairs_ptr + at).to(tl.int64)
+            row = table_ptr + primitive * ROW
+            sums = rows_ptr + (primitive if ATOMIC else at.to(tl.int64)) * G
+            dx, dy = x - tl.load(row), y - tl.load(row + 1)
+            power = tl.load(row + 2) * dx * dx + tl.load(row + 3) * dx * dy + tl.load(row + 4) * dy * dy
+            bare = tl.load(row + 5) * tl.exp2(tl.minimum(power, 0.0))
+            full = bare
+            if F > 0:
+                angle, weight = _waves_of(row + 7 + C, dx, dy, F, BLOCK_F, PHASES)
+                cosine = libdevice.fast_cosf(angle) if FAST else tl.cos(angle)
+                shape = tl.load(row + 6) + tl.sum(weight[:, None] * cosine, 0)
+                full = bare * tl.maximum(shape, 0.0)
+            alpha = tl.minimum(full, alpha_max)
+            used = (alpha >= alpha_min) & (at - start < last)
+            alpha = tl.where(used, alpha, 0.0)
+            through = 1 / (1 - alpha)
+            light *= through
+            share = alpha * light
+            value = tl.zeros([TILE * TILE], tl.float32)
+            for piece in tl.static_range(0, C, BLOCK_C):
+                if C > BLOCK_C:
+                    grad = tl.load(grad_ptr + pixel[None, :] * C + piece + channel[:, None], mask=inside[None, :] & (piece + channel < C)[:, None], other=0.0)
+                color = tl.load(row + 7 + piece + channel, mask=piece + channel < C, other=0.0)
+                value += tl.sum(color[:, None] * grad, 0)
+                _put(sums + 6 + piece + channel, tl.sum(share[None, :] * grad, 1), piece + channel < C, ATOMIC)
+            pull = tl.where(used & (full <= alpha_max), light * value - rest * through, 0.0)
+            rest += share * value
+            strength = pull * alpha
+            along_x, along_y = strength * dx, strength * dy
+            _put(sums, tl.sum(along_x, 0), None, ATOMIC)
+            _put(sums + 1, tl.sum(along_y, 0), None, ATOMIC)
+            _put(sums + 2, tl.sum(along_x * dx, 0), None, ATOMIC)
+            _put(sums + 3, tl.sum(along_x * dy, 0), None, ATOMIC)
+            _put(sums + 4, tl.sum(along_y * dy, 0), None, ATOMIC)
+            _put(sums + 5, tl.sum(strength, 0), None, ATOMIC)
+            if F > 0:
+                f = tl.arange(0, BLOCK_F)
+                wave = sums + 7 + C + 4 * f
+                modulation = tl.where(shape > 0, pull * bare, 0.0)
+                waved = modulation[None, :] * (libdevice.fast_sinf(angle) if FAST else tl.sin(angle))
+                _put(sums + 6 + C, tl.sum(modulation, 0), None, ATOMIC)
+                _put(wave, tl.sum(waved * dx[None, :], 1), f < F, ATOMIC)
+                _put(wave + 1, tl.sum(waved * dy[None, :], 1), f < F, ATOMIC)
+                _put(wave + 2, tl.sum(modulation[None, :] * cosine, 1), f < F, ATOMIC)
+                _put(wave + 3, tl.sum(waved, 1), f < F, ATOMIC)
+            if ABSOLUTE:
+                # The table holds -xx/2, -xy and -yy/2 times log2(e), and waves in turns.
+                ln2 = 0.6931471805599453
+                pull_x = -ln2 * (2 * tl.load(row + 2) * along_x + tl.load(row + 3) * along_y)
+                pull_y = -ln2 * (2 * tl.load(row + 4) * along_y + tl.load(row + 3) * along_x)
+                if F > 0:
+                    kx = tl.load(row + 7 + C + 2 * f, mask=f < F, other=0.0) * weight * 6.283185307179586
+                    ky = tl.load(row + 8 + C + 2 * f, mask=f < F, other=0.0) * weight * 6.283185307179586
+                    pull_x += tl.sum(waved * kx[:, None], 0)
+                    pull_y += tl.sum(waved * ky[:, None], 0)
+                _put(sums + G - 2, tl.sum(tl.abs(pull_x), 0), None, ATOMIC)
+                _put(sums + G - 1, tl.sum(tl.abs(pull_y), 0), None, ATOMIC)
+
+    @triton.jit
+    def _gather_rows_kernel(rows_ptr, order_ptr, bounds_ptr, out_ptr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
+        primitive = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK_G)
+        stop = tl.load(bounds_ptr + primitive + 1)
+        total = tl.zeros([BLOCK_M, BLOCK_G], tl.float32)
+        for place in range(tl.load(bounds_ptr + primitive), stop, BLOCK_M):
+            at = place + tl.arange(0, BLOCK_M)
+            row = tl.load(order_ptr + at, mask=at < stop, other=0)
+            total += tl.load(rows_ptr + row[:, None] * G + column[None, :], mask=(at < stop)[:, None] & (column < G)[None, :], other=0.0)
+        tl.store(out_ptr + primitive * G + column, tl.sum(total, 0), mask=column < G)
+
+# %% ../nbs/kernels/rasterize.ipynb #843dec69
+_TRITON_TILES = (1, 2, 4, 8, 16, 32)
+
+
+def _power_of_two(size: int, most: int) -> int:
+    return min(most, 1 << max(0, size - 1).bit_length())
+
+
+def _kernel_sizes(channels: int, count: int, shifted: bool, tile: int) -> tuple[dict, int]:
+    """Constants that both kernels share, and the number of warps."""
+    constants = {"C": channels, "F": count, "PHASES": shifted, "ROW": 7 + channels + (4 if shifted else 3) * count,
+                 "BLOCK_C": _power_of_two(channels, 32), "BLOCK_F": _power_of_two(max(1, count), 2**20), "TILE": tile,
+                 "FAST": not interpreting()}
+    a_thread = 2 if constants["BLOCK_C"] + constants["BLOCK_F"] <= 16 else 1
+    return constants, max(1, min(8, tile * tile // (32 * a_thread)))
+
+
+def _device_of(tensor: Tensor):
+    import contextlib
+
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _packed_table(tensors) -> Tensor:
+    """Rows for the kernels: u, v | -xx/2, -xy, -yy/2 in powers of two | opacity | bias | colours | waves in turns | weights / F | phases in turns."""
+    means, conics, opacities, colors, waves, weights, bias, phases = tensors[:8]
+    scale = conics.new_tensor([-0.5, -1.0, -0.5]) * math.log2(math.e)
+    count = max(1, waves.shape[1])
+    return torch.cat([means, conics * scale, opacities[:, None], bias[:, None], colors, waves.flatten(1) / math.tau, weights / count, phases / math.tau], 1)
+
+
+def _forward_triton(tensors, backgrounds, settings):
+    width, height, tile, alpha_min, alpha_max, t_min = settings
+    colors, waves, phases, offsets, pairs = tensors[3], tensors[4], tensors[7], tensors[8], tensors[9]
+    images, channels = backgrounds.shape[0], colors.shape[1]
+    render, end = colors.new_empty(images, height, width, channels), colors.new_empty(images, height, width)
+    last = torch.empty(images, height, width, dtype=torch.int32, device=colors.device)
+    constants, warps = _kernel_sizes(channels, waves.shape[1], phases.shape[1] > 0, tile)
+    columns, lines = -(-width // tile), -(-height // tile)
+    if images:
+        with _device_of(colors):
+            _forward_kernel[(images * columns * lines, triton.cdiv(channels, constants["BLOCK_C"]))](
+                _packed_table(tensors), pairs, offsets, backgrounds.contiguous(), render, end, last, width, height, columns, lines,
+                alpha_min, alpha_max, t_min, **constants, STEP=16, num_warps=warps)
+    return render, end, last
+
+
+def _pair_rows_triton(pairs: Tensor, rows: Tensor, primitives: int) -> Tensor:
+    """As `_pair_rows`, in an order that is the same on a graphics card too."""
+    out = torch.empty(primitives, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    in_order, order = pairs.sort(stable=True)
+    bounds = torch.searchsorted(in_order, torch.arange(primitives + 1, dtype=torch.int32, device=rows.device))
+    if primitives:
+        with _device_of(rows):
+            _gather_rows_kernel[(primitives,)](rows, order, bounds, out, G=rows.shape[1], BLOCK_G=_power_of_two(rows.shape[1], 2**20), BLOCK_M=8, num_warps=4)
+    return out
+
+
+def _from_moments(sums: Tensor, tensors, absolute: bool) -> Tensor:
+    """Sums of moments [P, G] as gradients, the columns as in the compiled loop."""
+    _, conics, opacities, colors, waves, weights = tensors[:6]
+    channels, count = colors.shape[1], waves.shape[1]
+    (xx, xy, yy), (x, y) = conics.unbind(1), sums[:, :2].unbind(1)
+    move = torch.stack([xx * x + xy * y, yy * y + xy * x], 1)
+    total = sums[:, 5] / torch.where(opacities > 0, opacities, 1.0)
+    parts = [move, -sums[:, 2:5] * sums.new_tensor([0.5, 1.0, 0.5]), total[:, None], sums[:, 6:7 + channels]]
+    if count:
+        wave = sums[:, 7 + channels:7 + channels + 4 * count].unflatten(1, (count, 4))
+        weight = (weights / count)[..., None]
+        parts[0] = move + (weight * waves * wave[..., 3:]).sum(1)
+        parts.append(torch.cat([-weight * wave[..., :2], wave[..., 2:3] / count, -weight * wave[..., 3:]], -1).flatten(1))
+    return torch.cat([*parts, sums[:, -2:]] if absolute else parts, 1)
+
+
+def _backward_triton(tensors, backgrounds, settings, end, last, grad, grad_end, absolute, deterministic):
+    width, height, tile, alpha_min, alpha_max, _ = settings
+    means, colors, waves, phases, offsets, pairs = tensors[0], tensors[3], tensors[4], tensors[7], tensors[8], tensors[9]
+    channels, count, primitives = colors.shape[1], waves.shape[1], means.shape[0]
+    behind = end * ((grad * backgrounds[:, None, None]).sum(-1) + grad_end)
+    size = 7 + channels + 4 * count + (2 if absolute else 0)
+    rows = means.new_zeros(pairs.shape[0] if deterministic else primitives, size)
+    constants, warps = _kernel_sizes(channels, count, phases.shape[1] > 0, tile)
+    columns, lines = -(-width // tile), -(-height // tile)
+    if backgrounds.shape[0]:
+        with _device_of(colors):
+            _backward_kernel[(backgrounds.shape[0] * columns * lines,)](
+                _packed_table(tensors), pairs, offsets, end, last, grad.contiguous(), behind.contiguous(), rows, width, height, columns, lines,
+                alpha_min, alpha_max, **constants, G=size, ABSOLUTE=absolute, ATOMIC=not deterministic, num_warps=warps)
+    sums = _pair_rows_triton(pairs, rows, primitives) if deterministic else rows
+    return _split_rows(_from_moments(sums, tensors, absolute), channels, count, phases.shape[1] > 0, absolute)
+
 # %% ../nbs/kernels/rasterize.ipynb #ff2a31ad
 def gsplat_alpha_max() -> float:
     """The largest opacity that the installed gsplat lets through: 0.99 where it says so, 0.999 in the versions before (1.5.3)."""
@@ -676,7 +924,7 @@ def _gsplat_pixels(packed: _Packed, operands: tuple, lists: _Lists, absgrad: boo
     render, alpha = rasterize_to_pixels(means, conics, colors, opacities, width, height, tile, offsets, ids, backgrounds=operands[8], packed=True, absgrad=absgrad)
     return render, 1 - alpha[..., 0]
 
-# %% ../nbs/kernels/rasterize.ipynb #5e2858cf
+# %% ../nbs/kernels/rasterize.ipynb #138ce08c
 @torch.library.custom_op(op_name("rasterize", __name__), mutates_args=())
 def _shade(means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, waves: Tensor, weights: Tensor, bias: Tensor, phases: Tensor,
            backgrounds: Tensor, probe: Tensor, offsets: Tensor, pairs: Tensor, reach: Tensor, width: int, height: int, tile: int,
@@ -685,6 +933,8 @@ def _shade(means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, wav
     settings = (width, height, tile, alpha_min, alpha_max, t_min)
     if backend == "numba":
         return _forward_numba(tensors, reach, backgrounds.detach(), settings)
+    if backend == "triton":
+        return _forward_triton(tensors, backgrounds.detach(), settings)
     return _forward_torch(tensors, backgrounds.detach(), settings)
 
 
@@ -706,6 +956,8 @@ def _shade_backward(means: Tensor, conics: Tensor, opacities: Tensor, colors: Te
     settings = (width, height, tile, alpha_min, alpha_max, t_min)
     if backend == "numba":
         return _backward_numba(tensors, reach, backgrounds, settings, end, last, grad, grad_end, absolute)
+    if backend == "triton":
+        return _backward_triton(tensors, backgrounds, settings, end, last, grad, grad_end, absolute, deterministic)
     return _backward_torch(tensors, backgrounds, settings, end, last, grad, grad_end, absolute)
 
 
@@ -733,6 +985,9 @@ def _pull_back(ctx, grad, grad_end, _):
 _shade.register_autograd(_pull_back, setup_context=_keep)
 
 
+_OFFERED = ("reference", "torch", "numba", "triton", "gsplat")
+
+
 def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"], opacities: Float[Tensor, "... N"], colors: Float[Tensor, "... N C"],
               depths: Float[Tensor, "... N"], width: int, height: int, *, waves: Float[Tensor, "... N F 2"] | None = None,
               wave_weights: Float[Tensor, "... N F"] | None = None, wave_bias: Float[Tensor, "... N"] | None = None,
@@ -752,7 +1007,7 @@ def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"
         backgrounds: colour behind everything, black when not given.
         image_ids, num_images: flat primitives of several images with different numbers; then no leading dimensions, and V = num_images images.
             Without them leading dimensions are images; all arguments but means2d may lack them (they broadcast).
-        tile_size: pixels, 1 to 64. alpha_min: weaker contributions are skipped. alpha_max: below 1. t_min: a pixel ends before its transmittance falls to it.
+        tile_size: pixels, 1 to 64; a power of two up to 32 for Triton. alpha_min: weaker contributions are skipped. alpha_max: below 1. t_min: a pixel ends before its transmittance falls to it.
         absgrad: after backward, `meta["means2d"].absgrad` holds the sum over pixels of the absolute gradient of the centres.
         deterministic: sum gradients in a fixed order; False allows atomic additions on a graphics card.
         check: look for NaN, infinities and opacities outside [0, 1] (one pass over the inputs).
@@ -775,9 +1030,11 @@ def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"
     if check:
         _check_values(packed)
     double = packed.primitives[0].dtype == torch.float64
-    chosen = resolve_backend(backend, means2d, ("reference", "torch", "numba", "gsplat"), kernel="rasterize")
+    chosen = resolve_backend(backend, means2d, _OFFERED, kernel="rasterize", auto_skips=("triton",) if double or tile_size not in _TRITON_TILES else ())
     if chosen in ("triton", "gsplat") and double:
         raise TypeError(f"means2d: expected float32 for backend={chosen!r}, got torch.float64")
+    if (chosen == "triton" or chosen == "gsplat" and packed.primitives[5] is not None) and tile_size not in _TRITON_TILES:
+        raise ValueError(f"tile_size: expected a power of two up to 32 for backend={chosen!r}, got {tile_size}")
     if chosen == "reference":
         render, alpha = rasterize_reference(means2d, conics, opacities, colors, depths, width, height, waves=waves, wave_weights=wave_weights,
                                             wave_bias=wave_bias, wave_phases=wave_phases, backgrounds=backgrounds, image_ids=image_ids,
@@ -828,7 +1085,7 @@ def _check_values(packed: _Packed) -> None:
         if name == "opacities" and (low < 0 or high > 1):
             raise ValueError(f"opacities: expected numbers in [0, 1], got {float(low):.6g}..{float(high):.6g}")
 
-# %% ../nbs/kernels/rasterize.ipynb #8a16f383
+# %% ../nbs/kernels/rasterize.ipynb #b1fdd4fa
 def _case_inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict:
     n, count, width, height = case["N"], case["F"], case["width"], case["height"]
     uniform = lambda *shape: torch.rand(*case.get("lead", []), *shape, generator=generator)
@@ -894,7 +1151,7 @@ SPEC = register(KernelSpec(
     name="rasterize",
     ops={"rasterize": _outputs},
     references={"rasterize": rasterize_reference},
-    backends=("reference", "torch", "numba"),
+    backends=("reference", "torch", "numba", "triton"),
     peers={"taichi-splatting": _peer_taichi},
     cases=[_case(40, 0, 33, 20), _case(40, 2, 33, 20), _case(25, 1, 16, 16, phases=True, C=1), _case(12, 3, 17, 9, lead=[2], C=5), _case(0, 2, 9, 7),
            _case(1, 0, 1, 1), _case(40, 2, 33, 20, dtype="float64"), _case(30, 2, 20, 20, layout="strided")],
@@ -902,4 +1159,6 @@ SPEC = register(KernelSpec(
     make_inputs=_case_inputs,
     limit=_limit,
     cost=_pairs_of,
+    options={"deterministic": (True, False)},
+    unsupported=(("triton", "float64"),),
 ))
