@@ -129,7 +129,7 @@ def sh_colors(sh: Float[Tensor, "*batch N K 3"], means: Float[Tensor, "*batch N 
         directions = torch.nn.functional.normalize(means - eyes[:, None], dim=-1)
     return (torch.einsum("vnk,...nkc->vnc" if sh.dim() == 3 else "vnk,vnkc->vnc", sh_basis(directions, sh.shape[-2]), sh) + 0.5).clamp_min(0)
 
-# %% ../../nbs/shared/splat/render.ipynb #7ed69cae
+# %% ../../nbs/shared/splat/render.ipynb #cccf29c2
 class Rendering(NamedTuple):
     """Pictures of V views.
 
@@ -201,7 +201,8 @@ def render(gaussians: Gaussians, cameras: Cameras, *, channels: Sequence[str] = 
     distance = found.pop("depth", None)
     if distance is not None and depth == "expected":
         distance = torch.where(alpha > 0, distance / torch.where(alpha > 0, alpha, 1.0), 0.0)
-    return Rendering(found.pop("color", None), distance, alpha, found, {**meta, "projected": flat})
+    meta = {**meta, "radii": flat.radii, "width": cameras.width, "height": cameras.height, "n_cameras": views, "projected": flat}
+    return Rendering(found.pop("color", None), distance, alpha, found, meta)
 
 # %% ../../nbs/shared/splat/render.ipynb #2f3d0587
 def rasterization(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"], scales: Float[Tensor, "N 3"], opacities: Float[Tensor, "N"], colors: Tensor,
