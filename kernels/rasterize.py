@@ -646,7 +646,7 @@ def _backward_numba(tensors, reach, backgrounds, settings, end, last, grad, grad
     _compiled_loops()[1](*arrays, *sizes, recurrence, end.numpy(), last.numpy(), grad.contiguous().numpy(), behind.contiguous().numpy(), absolute, rows.numpy())
     return _split_rows(_pair_rows(pairs, rows, means.shape[0]), channels, count, phases.shape[1] > 0, absolute)
 
-# %% ../nbs/kernels/rasterize.ipynb #bdbac4c8
+# %% ../nbs/kernels/rasterize.ipynb #3c96dd21
 if installed("triton"):
     import triton
     import triton.language as tl
@@ -654,21 +654,21 @@ if installed("triton"):
 
     @triton.jit
     def _pixels_of(number, width, height, columns, lines, TILE: tl.constexpr):
-        """Image, coordinates and row numbers of a tile's pixels, and which of them lie in the image."""
+        """Image, coordinates of a tile's pixels, their numbers in the image (below 2**30), and which of them lie in it."""
         local = number % (columns * lines)
         lane = tl.arange(0, TILE * TILE)
         x, y = (local % columns) * TILE + lane % TILE, (local // columns) * TILE + lane // TILE
         image = (number // (columns * lines)).to(tl.int64)
-        return image, x + 0.5, y + 0.5, (image * height + y) * width + x, (x < width) & (y < height)
+        return image, x + 0.5, y + 0.5, y * width + x, (x < width) & (y < height)
 
     @triton.jit
     def _waves_of(wave_ptr, dx, dy, F: tl.constexpr, BLOCK_F: tl.constexpr, PHASES: tl.constexpr):
-        """Angles in (-pi, pi] and weights of a primitive's waves: [BLOCK_F, lanes] and [BLOCK_F]."""
-        f = tl.arange(0, BLOCK_F)
+        """Angles in [-pi, pi) of a primitive's waves, [1, BLOCK_F, lanes], and weights [1, BLOCK_F, 1]."""
+        f = tl.arange(0, BLOCK_F)[None, :, None]
         real = f < F
-        turns = tl.load(wave_ptr + 2 * f, mask=real, other=0.0)[:, None] * dx[None, :] + tl.load(wave_ptr + 2 * f + 1, mask=real, other=0.0)[:, None] * dy[None, :]
+        turns = tl.load(wave_ptr + 2 * f, mask=real, other=0.0) * dx[None, None, :] + tl.load(wave_ptr + 2 * f + 1, mask=real, other=0.0) * dy[None, None, :]
         if PHASES:
-            turns += tl.load(wave_ptr + 3 * F + f, mask=real, other=0.0)[:, None]
+            turns += tl.load(wave_ptr + 3 * F + f, mask=real, other=0.0)
         return (turns - tl.floor(turns + 0.5)) * 6.283185307179586, tl.load(wave_ptr + 2 * F + f, mask=real, other=0.0)
 
     @triton.jit
@@ -692,7 +692,7 @@ if installed("triton"):
                 full = tl.load(row + 5) * tl.exp2(tl.minimum(power, 0.0))
                 if F > 0:
                     angle, weight = _waves_of(row + 7 + C, dx, dy, F, BLOCK_F, PHASES)
-                    full *= tl.maximum(tl.load(row + 6) + tl.sum(weight[:, None] * (libdevice.fast_cosf(angle) if FAST else tl.cos(angle)), 0), 0.0)
+                    full *= tl.maximum(tl.load(row + 6) + tl.sum(tl.sum(weight * (libdevice.fast_cosf(angle) if FAST else tl.cos(angle)), 1), 0), 0.0)
                 alpha = tl.minimum(full, alpha_max)
                 after = light * (1 - alpha)
                 hit = alive & (alpha >= alpha_min)
@@ -705,10 +705,10 @@ if installed("triton"):
             place += STEP
             running = (place < stop) & (tl.max(alive.to(tl.int32), 0) > 0)
         out += tl.load(backgrounds_ptr + image * C + channel, mask=channel < C, other=0.0)[:, None] * light[None, :]
-        tl.store(render_ptr + pixel[None, :] * C + channel[:, None], out, mask=inside[None, :] & (channel < C)[:, None])
+        tl.store(render_ptr + (image * C + channel[:, None]) * (height * width) + pixel[None, :], out, mask=inside[None, :] & (channel < C)[:, None])
         if tl.program_id(1) == 0:
-            tl.store(end_ptr + pixel, light, mask=inside)
-            tl.store(last_ptr + pixel, last, mask=inside)
+            tl.store(end_ptr + image * (height * width) + pixel, light, mask=inside)
+            tl.store(last_ptr + image * (height * width) + pixel, last, mask=inside)
 
     @triton.jit
     def _put(ptr, value, mask, ATOMIC: tl.constexpr):
@@ -724,12 +724,12 @@ if installed("triton"):
         number, channel = tl.program_id(0), tl.arange(0, BLOCK_C)
         image, x, y, pixel, inside = _pixels_of(number, width, height, columns, lines, TILE)
         start = tl.load(offsets_ptr + number).to(tl.int32)
-        light = tl.load(end_ptr + pixel, mask=inside, other=1.0)
-        rest = tl.load(behind_ptr + pixel, mask=inside, other=0.0)
-        last = tl.load(last_ptr + pixel, mask=inside, other=0)
+        light = tl.load(end_ptr + image * (height * width) + pixel, mask=inside, other=1.0)
+        rest = tl.load(behind_ptr + image * (height * width) + pixel, mask=inside, other=0.0)
+        last = tl.load(last_ptr + image * (height * width) + pixel, mask=inside, other=0)
         grad = tl.zeros([BLOCK_C, TILE * TILE], tl.float32)
         if C <= BLOCK_C:
-            grad = tl.load(grad_ptr + pixel[None, :] * C + channel[:, None], mask=inside[None, :] & (channel < C)[:, None], other=0.0)
+            grad = tl.load(grad_ptr + (image * C + channel[:, None]) * (height * width) + pixel[None, :], mask=inside[None, :] & (channel < C)[:, None], other=0.0)
         stop = tl.max(last, 0)
         for back in range(0, stop):
             at = start + stop - 1 - back
@@ -743,7 +743,7 @@ if installed("triton"):
             if F > 0:
                 angle, weight = _waves_of(row + 7 + C, dx, dy, F, BLOCK_F, PHASES)
                 cosine = libdevice.fast_cosf(angle) if FAST else tl.cos(angle)
-                shape = tl.load(row + 6) + tl.sum(weight[:, None] * cosine, 0)
+                shape = tl.load(row + 6) + tl.sum(tl.sum(weight * cosine, 1), 0)
                 full = bare * tl.maximum(shape, 0.0)
             alpha = tl.minimum(full, alpha_max)
             used = (alpha >= alpha_min) & (at - start < last)
@@ -754,42 +754,40 @@ if installed("triton"):
             value = tl.zeros([TILE * TILE], tl.float32)
             for piece in tl.static_range(0, C, BLOCK_C):
                 if C > BLOCK_C:
-                    grad = tl.load(grad_ptr + pixel[None, :] * C + piece + channel[:, None], mask=inside[None, :] & (piece + channel < C)[:, None], other=0.0)
+                    grad = tl.load(grad_ptr + (image * C + piece + channel[:, None]) * (height * width) + pixel[None, :], mask=inside[None, :] & (piece + channel < C)[:, None], other=0.0)
                 color = tl.load(row + 7 + piece + channel, mask=piece + channel < C, other=0.0)
                 value += tl.sum(color[:, None] * grad, 0)
-                _put(sums + 6 + piece + channel, tl.sum(share[None, :] * grad, 1), piece + channel < C, ATOMIC)
+                _put(sums + 7 + piece + channel, tl.sum(share[None, :] * grad, 1), piece + channel < C, ATOMIC)
             pull = tl.where(used & (full <= alpha_max), light * value - rest * through, 0.0)
             rest += share * value
             strength = pull * alpha
-            along_x, along_y = strength * dx, strength * dy
-            _put(sums, tl.sum(along_x, 0), None, ATOMIC)
-            _put(sums + 1, tl.sum(along_y, 0), None, ATOMIC)
-            _put(sums + 2, tl.sum(along_x * dx, 0), None, ATOMIC)
-            _put(sums + 3, tl.sum(along_x * dy, 0), None, ATOMIC)
-            _put(sums + 4, tl.sum(along_y * dy, 0), None, ATOMIC)
-            _put(sums + 5, tl.sum(strength, 0), None, ATOMIC)
+            modulation = strength
             if F > 0:
-                f = tl.arange(0, BLOCK_F)
-                wave = sums + 7 + C + 4 * f
                 modulation = tl.where(shape > 0, pull * bare, 0.0)
-                waved = modulation[None, :] * (libdevice.fast_sinf(angle) if FAST else tl.sin(angle))
-                _put(sums + 6 + C, tl.sum(modulation, 0), None, ATOMIC)
-                _put(wave, tl.sum(waved * dx[None, :], 1), f < F, ATOMIC)
-                _put(wave + 1, tl.sum(waved * dy[None, :], 1), f < F, ATOMIC)
-                _put(wave + 2, tl.sum(modulation[None, :] * cosine, 1), f < F, ATOMIC)
-                _put(wave + 3, tl.sum(waved, 1), f < F, ATOMIC)
+            moment = tl.arange(0, 8)
+            low = tl.where((moment == 0)[:, None], dx[None, :], tl.where((moment == 1)[:, None], dy[None, :], 1.0))
+            high = tl.where((moment == 2)[:, None], (dx * dx)[None, :], tl.where((moment == 3)[:, None], (dx * dy)[None, :], (dy * dy)[None, :]))
+            factor = tl.where(((moment >= 2) & (moment <= 4))[:, None], high, low)
+            _put(sums + moment, tl.sum(tl.where((moment < 6)[:, None], strength[None, :], modulation[None, :]) * factor, 1), moment < 7, ATOMIC)
+            if F > 0:
+                f, part = tl.arange(0, BLOCK_F), tl.arange(0, 4)
+                waved = modulation[None, None, :] * (libdevice.fast_sinf(angle) if FAST else tl.sin(angle))
+                factor = tl.where((part == 0)[:, None], dx[None, :], tl.where((part == 1)[:, None], dy[None, :], 1.0))
+                stack = tl.where((part == 2)[:, None, None], modulation[None, None, :] * cosine, waved * factor[:, None, :])
+                _put(sums + 7 + C + part[:, None] * F + f[None, :], tl.sum(stack, 2), (part < 4)[:, None] & (f < F)[None, :], ATOMIC)
             if ABSOLUTE:
                 # The table holds -xx/2, -xy and -yy/2 times log2(e), and waves in turns.
-                ln2 = 0.6931471805599453
-                pull_x = -ln2 * (2 * tl.load(row + 2) * along_x + tl.load(row + 3) * along_y)
-                pull_y = -ln2 * (2 * tl.load(row + 4) * along_y + tl.load(row + 3) * along_x)
+                pull_x = -0.6931471805599453 * strength * (2 * tl.load(row + 2) * dx + tl.load(row + 3) * dy)
+                pull_y = -0.6931471805599453 * strength * (2 * tl.load(row + 4) * dy + tl.load(row + 3) * dx)
                 if F > 0:
-                    kx = tl.load(row + 7 + C + 2 * f, mask=f < F, other=0.0) * weight * 6.283185307179586
-                    ky = tl.load(row + 8 + C + 2 * f, mask=f < F, other=0.0) * weight * 6.283185307179586
-                    pull_x += tl.sum(waved * kx[:, None], 0)
-                    pull_y += tl.sum(waved * ky[:, None], 0)
-                _put(sums + G - 2, tl.sum(tl.abs(pull_x), 0), None, ATOMIC)
-                _put(sums + G - 1, tl.sum(tl.abs(pull_y), 0), None, ATOMIC)
+                    wave = row + 7 + C + 2 * f[None, :, None]
+                    real = (f < F)[None, :, None]
+                    waved *= 6.283185307179586 * weight
+                    pull_x += tl.sum(tl.sum(waved * tl.load(wave, mask=real, other=0.0), 1), 0)
+                    pull_y += tl.sum(tl.sum(waved * tl.load(wave + 1, mask=real, other=0.0), 1), 0)
+                side = tl.arange(0, 2)
+                pulls = tl.where((side == 0)[:, None], tl.abs(pull_x)[None, :], tl.abs(pull_y)[None, :])
+                _put(sums + G - 2 + side, tl.sum(pulls, 1), side < 2, ATOMIC)
 
     @triton.jit
     def _gather_rows_kernel(rows_ptr, order_ptr, bounds_ptr, out_ptr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -803,7 +801,7 @@ if installed("triton"):
             total += tl.load(rows_ptr + row[:, None] * G + column[None, :], mask=(at < stop)[:, None] & (column < G)[None, :], other=0.0)
         tl.store(out_ptr + primitive * G + column, tl.sum(total, 0), mask=column < G)
 
-# %% ../nbs/kernels/rasterize.ipynb #843dec69
+# %% ../nbs/kernels/rasterize.ipynb #937054b5
 _TRITON_TILES = (1, 2, 4, 8, 16, 32)
 
 
@@ -838,7 +836,7 @@ def _forward_triton(tensors, backgrounds, settings):
     width, height, tile, alpha_min, alpha_max, t_min = settings
     colors, waves, phases, offsets, pairs = tensors[3], tensors[4], tensors[7], tensors[8], tensors[9]
     images, channels = backgrounds.shape[0], colors.shape[1]
-    render, end = colors.new_empty(images, height, width, channels), colors.new_empty(images, height, width)
+    render, end = colors.new_empty(images, channels, height, width), colors.new_empty(images, height, width)
     last = torch.empty(images, height, width, dtype=torch.int32, device=colors.device)
     constants, warps = _kernel_sizes(channels, waves.shape[1], phases.shape[1] > 0, tile)
     columns, lines = -(-width // tile), -(-height // tile)
@@ -847,7 +845,7 @@ def _forward_triton(tensors, backgrounds, settings):
             _forward_kernel[(images * columns * lines, triton.cdiv(channels, constants["BLOCK_C"]))](
                 _packed_table(tensors), pairs, offsets, backgrounds.contiguous(), render, end, last, width, height, columns, lines,
                 alpha_min, alpha_max, t_min, **constants, STEP=16, num_warps=warps)
-    return render, end, last
+    return render.movedim(1, 3).contiguous(), end, last
 
 
 def _pair_rows_triton(pairs: Tensor, rows: Tensor, primitives: int) -> Tensor:
@@ -862,15 +860,15 @@ def _pair_rows_triton(pairs: Tensor, rows: Tensor, primitives: int) -> Tensor:
 
 
 def _from_moments(sums: Tensor, tensors, absolute: bool) -> Tensor:
-    """Sums of moments [P, G] as gradients, the columns as in the compiled loop."""
+    """Sums of moments [P, G], columns x, y, xx, xy, yy, 1 | bias | channels | per wave: sin x | sin y | cos | sin | |u|, |v|, as gradients in the order of the compiled loop."""
     _, conics, opacities, colors, waves, weights = tensors[:6]
     channels, count = colors.shape[1], waves.shape[1]
     (xx, xy, yy), (x, y) = conics.unbind(1), sums[:, :2].unbind(1)
     move = torch.stack([xx * x + xy * y, yy * y + xy * x], 1)
     total = sums[:, 5] / torch.where(opacities > 0, opacities, 1.0)
-    parts = [move, -sums[:, 2:5] * sums.new_tensor([0.5, 1.0, 0.5]), total[:, None], sums[:, 6:7 + channels]]
+    parts = [move, -sums[:, 2:5] * sums.new_tensor([0.5, 1.0, 0.5]), total[:, None], sums[:, 7:7 + channels], sums[:, 6:7]]
     if count:
-        wave = sums[:, 7 + channels:7 + channels + 4 * count].unflatten(1, (count, 4))
+        wave = sums[:, 7 + channels:7 + channels + 4 * count].unflatten(1, (4, count)).mT
         weight = (weights / count)[..., None]
         parts[0] = move + (weight * waves * wave[..., 3:]).sum(1)
         parts.append(torch.cat([-weight * wave[..., :2], wave[..., 2:3] / count, -weight * wave[..., 3:]], -1).flatten(1))
@@ -889,7 +887,7 @@ def _backward_triton(tensors, backgrounds, settings, end, last, grad, grad_end, 
     if backgrounds.shape[0]:
         with _device_of(colors):
             _backward_kernel[(backgrounds.shape[0] * columns * lines,)](
-                _packed_table(tensors), pairs, offsets, end, last, grad.contiguous(), behind.contiguous(), rows, width, height, columns, lines,
+                _packed_table(tensors), pairs, offsets, end, last, grad.movedim(3, 1).contiguous(), behind.contiguous(), rows, width, height, columns, lines,
                 alpha_min, alpha_max, **constants, G=size, ABSOLUTE=absolute, ATOMIC=not deterministic, num_warps=warps)
     sums = _pair_rows_triton(pairs, rows, primitives) if deterministic else rows
     return _split_rows(_from_moments(sums, tensors, absolute), channels, count, phases.shape[1] > 0, absolute)
@@ -1085,7 +1083,7 @@ def _check_values(packed: _Packed) -> None:
         if name == "opacities" and (low < 0 or high > 1):
             raise ValueError(f"opacities: expected numbers in [0, 1], got {float(low):.6g}..{float(high):.6g}")
 
-# %% ../nbs/kernels/rasterize.ipynb #b1fdd4fa
+# %% ../nbs/kernels/rasterize.ipynb #b2ce2a19
 def _case_inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict:
     n, count, width, height = case["N"], case["F"], case["width"], case["height"]
     uniform = lambda *shape: torch.rand(*case.get("lead", []), *shape, generator=generator)
@@ -1139,6 +1137,26 @@ def _peer_taichi():
     return run
 
 
+def _entries() -> list[TritonEntry]:
+    entries = []
+    common = {"table_ptr": "*fp32", "pairs_ptr": "*i32", "offsets_ptr": "*i64", "end_ptr": "*fp32", "last_ptr": "*i32", "width": "i32", "height": "i32",
+              "columns": "i32", "lines": "i32", "alpha_min": "fp32", "alpha_max": "fp32"}
+    for channels, count, shifted, absolute, atomic in ((3, 0, False, False, False), (3, 2, False, False, False), (3, 2, True, True, True),
+                                                       (8, 2, False, False, False), (32, 2, False, False, False), (40, 2, False, False, False)):
+        constants, warps = _kernel_sizes(channels, count, shifted, 16)
+        constants["FAST"] = True
+        size = 7 + channels + 4 * count + (2 if absolute else 0)
+        label = f"C={channels} F={count}{' phases' if shifted else ''}"
+        entries.append(TritonEntry(lambda: _forward_kernel, {**common, "backgrounds_ptr": "*fp32", "render_ptr": "*fp32", "t_min": "fp32"},
+                                   {**constants, "STEP": 16}, warps, f"forward {label}"))
+        entries.append(TritonEntry(lambda: _backward_kernel, {**common, "grad_ptr": "*fp32", "behind_ptr": "*fp32", "rows_ptr": "*fp32"},
+                                   {**constants, "G": size, "ABSOLUTE": absolute, "ATOMIC": atomic}, warps,
+                                   f"backward {label}{' absgrad' if absolute else ''}{' atomic' if atomic else ''}"))
+    entries.append(TritonEntry(lambda: _gather_rows_kernel, {"rows_ptr": "*fp32", "order_ptr": "*i64", "bounds_ptr": "*i64", "out_ptr": "*fp32"},
+                               {"G": 18, "BLOCK_G": 32, "BLOCK_M": 8}, 4, "sum of rows G=18"))
+    return entries
+
+
 def _outputs(**operands):
     return rasterize(**operands)[:2]
 
@@ -1158,6 +1176,7 @@ SPEC = register(KernelSpec(
     bench_cases=[_case(2000, count, 256, 256) for count in (0, 2)] + [_case(n, 2, 256, 256) for n in (500, 8000)],
     make_inputs=_case_inputs,
     limit=_limit,
+    entries=_entries(),
     cost=_pairs_of,
     options={"deterministic": (True, False)},
     unsupported=(("triton", "float64"),),
