@@ -254,8 +254,8 @@ def mask_loss(prediction: Float[Tensor, "*batch"], target: Tensor, *, weights: T
         prediction = torch.where(weights > 0, prediction, target)
     return _mean((prediction - target).square(), weights)
 
-# %% ../../nbs/shared/splat/losses.ipynb #ef46c8de
-def track_loss(predicted: Float[Tensor, "*batch 2"], target: Float[Tensor, "*batch 2"], weight: Float[Tensor, "*batch"] | None, size: tuple[int, int], *,
+# %% ../../nbs/shared/splat/losses.ipynb #7cb6ad47
+def track_loss(predicted: Float[Tensor, "*batch 2"], target: Float[Tensor, "*batch 2"], weight: Float[Tensor, "*batch"] | None, size: int | tuple[int, int], *,
                quantile: float = 0.98) -> Float[Tensor, ""]:
     """Weighted mean of |dx| + |dy| between predicted and tracked pixel positions, over the longer side of the picture.
 
@@ -263,7 +263,7 @@ def track_loss(predicted: Float[Tensor, "*batch 2"], target: Float[Tensor, "*bat
         predicted, target: pixel positions (column, row).
         weight: how much each counts, >= 0, 0 where the tracker did not see the point; None counts all alike. Splatter a Video takes confidence · exp(-2 |f2 - f1| / T)
             for frames f1 and f2 of T.
-        size: (width, height) of the picture in pixels.
+        size: longer side of the picture in pixels, or its (width, height).
         quantile: share of the residuals with weight above 0, the smallest ones, that stays; in (0, 1].
 
     Returns:
@@ -280,9 +280,10 @@ def track_loss(predicted: Float[Tensor, "*batch 2"], target: Float[Tensor, "*bat
     check_range("quantile", quantile, 0, 1)
     if not quantile > 0:
         raise ValueError(f"quantile: expected a share in (0, 1], got {quantile!r}")
-    if len(size) != 2:
-        raise ValueError(f"size: expected (width, height), got {size!r}")
-    longest = max(check_range("size", side, 1) for side in size)
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size: expected a number of pixels or (width, height), got {size!r}")
+    longest = max(check_range("size", side, 1) for side in sides)
     weight = torch.ones_like(predicted[..., 0]) if weight is None else _counted("weight", weight, predicted.shape[:-1], predicted)
     seen = weight > 0
     residual = (predicted[seen] - target[seen]).abs().sum(-1)

@@ -178,7 +178,10 @@ def test_track_loss_by_hand():
     assert lo.track_loss(ours[:2], theirs[:2], None, (20, 10), quantile=1).item() == pytest.approx((7 + 1) / 2 / 20)
     got = lo.track_loss(ours, theirs, torch.tensor([1.0, 3.0, 0.0]), (10, 20), quantile=1)
     assert got.item() == pytest.approx((7 + 3) / 4 / 20)
-    assert lo.track_loss(ours, theirs, torch.tensor([1.0, 3.0, 0.0]), (10, 20), quantile=0.5).item() == pytest.approx(1 / 20)
+    assert lo.track_loss(ours, theirs, torch.tensor([1.0, 3.0, 0.0]), (10, 20), quantile=0.5).item() == pytest.approx(
+        1 / 20
+    )
+    assert lo.track_loss(ours[:2], theirs[:2], None, 20) == lo.track_loss(ours[:2], theirs[:2], None, (10, 20))
     assert gradients(lambda x, y: lo.track_loss(x, y, draw(9, name="w"), (8, 8)), draw(9, 2, name="a"), draw(9, 2))
 
 
@@ -236,7 +239,11 @@ REFUSED = [
     (ValueError, r"sigma", lambda: lo.ssim(PICTURE, PICTURE, sigma=0)),
     (ValueError, r"data_range", lambda: lo.ssim(PICTURE, PICTURE, data_range=-1)),
     (ValueError, r"ssim_weight", lambda: lo.photometric_loss(PICTURE, PICTURE, ssim_weight=1.5)),
-    (ValueError, r"weights: expected a shape that fits", lambda: lo.photometric_loss(PICTURE, PICTURE, weights=PICTURE)),
+    (
+        ValueError,
+        r"weights: expected a shape that fits",
+        lambda: lo.photometric_loss(PICTURE, PICTURE, weights=PICTURE),
+    ),
     (TypeError, r"weights: expected a tensor", lambda: lo.photometric_loss(PICTURE, PICTURE, weights=1)),
     (ValueError, r"levels", lambda: lo.gradient_l1(PICTURE, PICTURE, levels=0)),
     (ValueError, r"target: expected the shape", lambda: lo.ssi_depth_loss(PICTURE, PICTURE[:5])),
@@ -247,7 +254,12 @@ REFUSED = [
     (ValueError, r"quantile", lambda: lo.track_loss(torch.zeros(3, 2), torch.zeros(3, 2), None, (8, 8), quantile=0)),
     (ValueError, r"size", lambda: lo.track_loss(torch.zeros(3, 2), torch.zeros(3, 2), None, (8,))),
     (ValueError, r"size", lambda: lo.track_loss(torch.zeros(3, 2), torch.zeros(3, 2), None, (0, 8))),
-    (ValueError, r"weight: expected", lambda: lo.track_loss(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(4), (8, 8))),
+    (TypeError, r"size", lambda: lo.track_loss(torch.zeros(3, 2), torch.zeros(3, 2), None, "8")),
+    (
+        ValueError,
+        r"weight: expected",
+        lambda: lo.track_loss(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(4), (8, 8)),
+    ),
     (ValueError, r"before: expected shape", lambda: lo.arap_loss(torch.zeros(4, 2), torch.zeros(4, 2), None)),
     (TypeError, r"neighbours", lambda: lo.arap_loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, 1))),
     (ValueError, r"got 0..4", lambda: lo.arap_loss(*[torch.zeros(4, 3)] * 2, torch.tensor([[0], [1], [2], [4]]))),

@@ -91,16 +91,25 @@ def test_white_noise_has_a_flat_spectrum_of_its_variance():
 
 def test_spectrum_error():
     a = draw(2, 16, 18, 3)
-    error = me.spectrum_error(a, a)
-    assert (error.error == 0).all() and torch.equal(error.high_share, error.target_high_share)
-    # Half the contrast is a quarter of the power everywhere: 6.02 dB.
-    half = me.spectrum_error(a / 2, a, floor=1e-30)
-    torch.testing.assert_close(half.error, torch.full((2,), 20 * math.log10(2), dtype=FLOAT64))
-    torch.testing.assert_close(half.high_share, half.target_high_share)
-    flat = me.spectrum_error(torch.full_like(a, 0.3), torch.full_like(a, 0.6))
-    assert flat.error.max() < 1e-12 and me.spectrum_error(0 * a, a).high_share.tolist() == [0, 0]
-    blurred = (a[:, 1:] + a[:, :-1]) / 2
-    assert (me.spectrum_error(blurred, a[:, 1:]).high_share < me.spectrum_error(a[:, 1:], a[:, 1:]).high_share).all()
+    assert (me.spectrum_error(a, a) == 0).all() and me.spectrum_error(a, a).shape == (2,)
+    # Contrast of 1 - e: every amplitude is off by the share e. No detail at all: 1.
+    for contrast in (0.0, 0.5, 1.5):
+        got = me.spectrum_error(0.3 + contrast * a, a)
+        torch.testing.assert_close(got, torch.full((2,), abs(1 - contrast), dtype=FLOAT64))
+    frequency, ours = me.radial_spectrum(a**2)
+    _, theirs = me.radial_spectrum(a)
+    high = frequency > 0.25
+    difference = (ours.sqrt() - theirs.sqrt())[:, high].abs().sum(-1)
+    torch.testing.assert_close(me.spectrum_error(a**2, a), difference / theirs[:, high].sqrt().sum(-1))
+
+
+def test_spectrum_error_is_blind_to_place_and_to_smooth_changes():
+    flat = torch.full((16, 16, 3), 0.3)
+    assert me.spectrum_error(flat, 2 * flat) < 1e-9 and me.spectrum_error(flat, flat, floor=1e-12) == 0
+    step = torch.arange(32, dtype=FLOAT64)[None, :, None].expand(32, 32, 1)
+    stripes, slow = torch.cos(2.0 * step), torch.cos(2 * math.pi / 32 * step)
+    assert me.spectrum_error(0.5 - 0.4 * stripes, 0.5 + 0.4 * stripes) < 1e-9
+    assert me.spectrum_error(0.5 + 0.2 * stripes + 0.2 * slow, 0.5 + 0.2 * stripes) < 0.02
 
 
 def plain_tapvid(query, occluded, tracks, said, predicted, mode, scale):
@@ -141,6 +150,7 @@ def test_tapvid_is_its_definition(mode, size):
     got = me.tapvid_metrics(query, occluded, truth, said, predicted, mode, size=size)
     scale = np.array([1.0, 1.0]) if size == 256 else np.array([0.5, 2.0])
     assert got == pytest.approx(plain_tapvid(query, occluded, truth, said, predicted, mode, scale))
+    assert got == me.tapvid_metrics(query[:, 0].long(), occluded, truth, said, predicted, mode, size=size)
 
 
 def test_tapvid_of_perfect_and_empty_tracks():
@@ -258,6 +268,7 @@ REFUSED = [
     (ValueError, "prediction: expected shape", lambda: me.lpips_distance(PICTURE[..., :1], PICTURE[..., :1])),
     (ValueError, "network", lambda: me.lpips_distance(PICTURE, PICTURE, network="alexnet")),
     (ValueError, "query_points: expected shape", lambda: me.tapvid_metrics(QUERY[:1], SEEN, TRACKS, SEEN, TRACKS)),
+    (ValueError, "query_points: expected shape", lambda: me.tapvid_metrics(QUERY[:1, 0], SEEN, TRACKS, SEEN, TRACKS)),
     (ValueError, "frames in 0..3, got 9..9", lambda: me.tapvid_metrics(QUERY + 9, SEEN, TRACKS, SEEN, TRACKS)),
     (ValueError, "query_mode", lambda: me.tapvid_metrics(QUERY, SEEN, TRACKS, SEEN, TRACKS, "last")),
     (TypeError, "pred_occluded", lambda: me.tapvid_metrics(QUERY, SEEN, TRACKS, SEEN.float(), TRACKS)),
