@@ -213,7 +213,7 @@ def lpips_distance(prediction: Float[Tensor, "*batch H W 3"], target: Float[Tens
         parts = [model(a, b, normalize=True).flatten() for a, b in zip(ours.split(chunk), theirs.split(chunk))]
     return PerceptualDistance(torch.cat(parts).reshape(prediction.shape[:-3]), named)
 
-# %% ../../nbs/shared/splat/metrics.ipynb #eca4e0ca
+# %% ../../nbs/shared/splat/metrics.ipynb #4c49c1e8
 THRESHOLDS = (1, 2, 4, 8, 16)
 
 
@@ -261,7 +261,7 @@ def tapvid_metrics(query_points: Shaped[Tensor, "M 3"] | Shaped[Tensor, "M"], gt
     visible, claimed = ~gt_occluded, ~pred_occluded
 
     def share(part: Tensor, whole: Tensor) -> float:
-        return float(part.sum() / whole.sum())
+        return float(part.sum().double() / whole.sum())
 
     result = {"occlusion_accuracy": share((gt_occluded == pred_occluded) & counted, counted)}
     jaccards, within = [], []
@@ -271,7 +271,7 @@ def tapvid_metrics(query_points: Shaped[Tensor, "M 3"] | Shaped[Tensor, "M"], gt
         within.append(share(hit & counted, visible & counted))
         positive = hit & claimed & counted
         wrong = claimed & ~hit & counted
-        jaccards.append(float(positive.sum() / ((visible & counted).sum() + wrong.sum())))
+        jaccards.append(float(positive.sum().double() / ((visible & counted).sum() + wrong.sum())))
         result |= {f"pts_within_{threshold}": within[-1], f"jaccard_{threshold}": jaccards[-1]}
     return {"average_jaccard": sum(jaccards) / len(jaccards), "average_pts_within_thresh": sum(within) / len(within), **result}
 
