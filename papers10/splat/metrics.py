@@ -82,7 +82,7 @@ def finite_mean(values: Float[Tensor, "*batch"]) -> float:
         return float(finite.mean())
     return math.inf if bool((values == math.inf).any()) else math.nan
 
-# %% ../../nbs/shared/splat/metrics.ipynb #d1296d53
+# %% ../../nbs/shared/splat/metrics.ipynb #74ee1e71
 def _luminance(picture: Tensor) -> Tensor:
     return picture.mean(-1)
 
@@ -148,7 +148,7 @@ def spectrum_error(prediction: Float[Tensor, "*batch H W C"], target: Float[Tens
             rounding to 8 bits leaves in every ring.
 
     Returns:
-        One number a picture: 0 where every ring has its power, 1 where the prediction has no detail at all, above 1 where it has more than twice too much.
+        One number a picture: 0 where every ring has its power, 1 where the prediction has no detail at all, above 1 where it has more than twice as much.
 
     Raises:
         TypeError, ValueError: as `radial_spectrum`; shapes differ, floor not above 0.
