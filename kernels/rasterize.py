@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/kernels/rasterize.html.md"""
 # %% auto #0
 __all__ = ['SPEC', 'rasterize_reference', 'gsplat_alpha_max', 'rasterize']
 
-# %% ../nbs/kernels/rasterize.ipynb #f4c3c805
+# %% ../nbs/kernels/rasterize.ipynb #05c0f67f
 import functools
 import math
 import warnings
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, installed, interpreting, op_name, register, resolve_backend
+from .common import BackendUnavailable, Hardware, KernelSpec, TritonEntry, installed, interpreting, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/rasterize.ipynb #ecdf0bdc
 def _dense_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, depths: Tensor, waves: Tensor | None, weights: Tensor | None,
@@ -207,7 +207,7 @@ def _tile_lists(packed: _Packed, width: int, height: int, tile: int, alpha_min: 
     radii = torch.where(shown[:, None], half, 0.0).ceil().clamp_max(32768).int()
     return _Lists(offsets, ids[by_tile].int(), torch.where(shown, reach, -1.0).to(means2d.dtype), radii, int((~definite).sum()))
 
-# %% ../nbs/kernels/rasterize.ipynb #18e9fdba
+# %% ../nbs/kernels/rasterize.ipynb #9f0e415f
 _CHUNK = 2**20  # elements a chunk; a test checks that results do not depend on it
 
 
@@ -304,7 +304,7 @@ def _forward_torch(tensors, backgrounds, settings):
         render[bucket.pixel] = out[bucket.inside]
         end[bucket.pixel] = bucket.end[bucket.inside]
     end = end.reshape(images, height, width)
-    render = render.reshape(images, height, width, -1) + end[..., None] * backgrounds[:, None, None]
+    render = render.reshape(images, height, width, colors.shape[1]) + end[..., None] * backgrounds[:, None, None]
     return render, end, torch.zeros(0, dtype=torch.int32, device=colors.device)
 
 
@@ -895,7 +895,7 @@ def _backward_triton(tensors, backgrounds, settings, end, last, grad, grad_end, 
     sums = _pair_rows_triton(pairs, rows, primitives) if deterministic else rows
     return _split_rows(_from_moments(sums, tensors, absolute), channels, count, phases.shape[1] > 0, absolute)
 
-# %% ../nbs/kernels/rasterize.ipynb #ff2a31ad
+# %% ../nbs/kernels/rasterize.ipynb #394c4a8a
 def gsplat_alpha_max() -> float:
     """The largest opacity that the installed gsplat lets through: 0.99 where it says so, 0.999 in the versions before (1.5.3)."""
     import importlib
@@ -918,14 +918,15 @@ def _gsplat_pixels(packed: _Packed, operands: tuple, lists: _Lists, absgrad: boo
     _, keys, ids = isect_tiles(means.detach(), lists.radii, depths, tile, columns, lines, packed=True, n_images=packed.images,
                                image_ids=packed.image_ids, gaussian_ids=torch.arange(means.shape[0], device=means.device))
     offsets = isect_offset_encode(keys, packed.images, columns, lines)
-    if waves.shape[1]:
+    if waves.shape[1] or absgrad:
         flat = torch.cat([offsets.flatten().long(), offsets.new_full((1,), ids.shape[0]).long()])
         render, end, _ = _shade(*operands[:10], flat, ids.int(), *operands[12:], "triton")
         return render, end
-    render, alpha = rasterize_to_pixels(means, conics, colors, opacities, width, height, tile, offsets, ids, backgrounds=operands[8], packed=True, absgrad=absgrad)
-    return render, 1 - alpha[..., 0]
+    # The background is added here: version 1.5.3 takes one for all images only when primitives come packed.
+    render, alpha = rasterize_to_pixels(means, conics, colors, opacities, width, height, tile, offsets, ids, packed=True)
+    return render + (1 - alpha) * operands[8][:, None, None], 1 - alpha[..., 0]
 
-# %% ../nbs/kernels/rasterize.ipynb #138ce08c
+# %% ../nbs/kernels/rasterize.ipynb #5e08b18f
 @torch.library.custom_op(op_name("rasterize", __name__), mutates_args=())
 def _shade(means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, waves: Tensor, weights: Tensor, bias: Tensor, phases: Tensor,
            backgrounds: Tensor, probe: Tensor, offsets: Tensor, pairs: Tensor, reach: Tensor, width: int, height: int, tile: int,
@@ -1034,7 +1035,9 @@ def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"
     chosen = resolve_backend(backend, means2d, _OFFERED, kernel="rasterize", auto_skips=("triton",) if double or tile_size not in _TRITON_TILES else ())
     if chosen in ("triton", "gsplat") and double:
         raise TypeError(f"means2d: expected float32 for backend={chosen!r}, got torch.float64")
-    if (chosen == "triton" or chosen == "gsplat" and packed.primitives[5] is not None) and tile_size not in _TRITON_TILES:
+    if chosen == "gsplat" and not means2d.is_cuda:
+        raise BackendUnavailable(f"backend='gsplat' needs tensors on a CUDA device, got {means2d.device}: move them or use backend='auto'")
+    if (chosen == "triton" or chosen == "gsplat" and (absgrad or packed.primitives[5] is not None)) and tile_size not in _TRITON_TILES:
         raise ValueError(f"tile_size: expected a power of two up to 32 for backend={chosen!r}, got {tile_size}")
     if chosen == "reference":
         render, alpha = rasterize_reference(means2d, conics, opacities, colors, depths, width, height, waves=waves, wave_weights=wave_weights,
