@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/viewer.html.md"""
 # %% auto #0
 __all__ = ['static_page', 'show']
 
-# %% ../../nbs/shared/splat/viewer.ipynb #2bfb9fbd
+# %% ../../nbs/shared/splat/viewer.ipynb #c23565e3
 import base64
 import html
 import json
@@ -54,22 +54,22 @@ def _times(times: Any, count: int | None = None) -> list[float]:
 
 
 def _first_view(sets: Sequence[Gaussians]) -> tuple[list[float], float]:
-    """Where the first camera looks, and from how far away, in the direction of +z: all but the outermost 2 % of the centres and their extent are in the picture."""
+    """Where the first camera looks, and from how far away, in the direction of +z: so that a box around all but the outermost 2 % of the centres is in a picture of 4:3."""
     means = torch.cat([own.means for own in sets])
     if not len(means):
         return [0.0, 0.0, 0.0], 1.0
     low, high = means.quantile(torch.tensor([0.01, 0.99], dtype=means.dtype), 0) if len(means) < 1_000_000 else (means.amin(0), means.amax(0))
     reach = float((high - low).norm()) / 2 + 2 * float(torch.cat([own.scales.amax(-1) for own in sets]).median())
-    return ((low + high) / 2).tolist(), max(reach / math.tan(_FOV / 2), 1e-6)
+    return ((low + high) / 2).tolist(), max(reach / (0.75 * math.tan(_FOV / 2)), 1e-6)
 
-# %% ../../nbs/shared/splat/viewer.ipynb #1703e129
+# %% ../../nbs/shared/splat/viewer.ipynb #17a6ca0f
 _PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{TITLE}}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 body{margin:0;background:#fff;color:#222;font:15px/1.4 system-ui,sans-serif}
-main{max-width:880px;margin:0 auto;padding:8px}
+main{max-width:min(880px,calc((100vh - 125px) * 4 / 3));min-width:240px;margin:0 auto;padding:8px}
 canvas{display:block;width:100%;aspect-ratio:4/3;touch-action:none;cursor:grab;border:1px solid #ddd;box-sizing:border-box}
 canvas:focus-visible{outline:2px solid #0072b2}
 .row{display:flex;gap:.7em;align-items:center;padding:.4em 0}.row input{flex:1}button{font:inherit}

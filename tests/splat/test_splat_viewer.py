@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import types
 import urllib.request
 
@@ -318,16 +319,34 @@ class TestShow:
         with pytest.raises(ImportError, match=r"viser is needed for the live viewer: pip install 'papers10\[viewer\]'"):
             viewer.show(scene(), times=[0])
 
-    def test_the_installed_viser(self):
-        pytest.importorskip("viser", reason="viser is not installed: only its stand-in was tested (extra viewer)")
+    def test_the_installed_viser(self, monkeypatch):
+        viser = pytest.importorskip(
+            "viser", reason="viser is not installed: only its stand-in was tested (extra viewer)"
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        made = scene(waves=1)
-        server = viewer.show(lambda time: made.replace(means=made.means + time), times=[0, 1], port=port)
+        made, sliders, asked = scene(waves=1), [], []
+        original = viser.GuiApi.add_slider
+
+        def add_slider(self, *arguments, **options):
+            sliders.append(original(self, *arguments, **options))
+            return sliders[-1]
+
+        def at(moment):
+            asked.append(moment)
+            return made.replace(means=made.means + moment)
+
+        monkeypatch.setattr(viser.GuiApi, "add_slider", add_slider)
+        server = viewer.show(at, times=[0, 1], port=port)
         try:
             assert server.get_host() == "127.0.0.1"
             with urllib.request.urlopen(f"http://127.0.0.1:{server.get_port()}/", timeout=10) as answer:
                 assert answer.status == 200 and b"<html" in answer.read().lower()
+            sliders[0].value = 1
+            end = time.monotonic() + 10
+            while len(asked) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+            assert asked == [0.0, 1.0]
         finally:
             server.stop()
