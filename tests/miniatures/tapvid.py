@@ -8,28 +8,28 @@ import numpy as np
 
 
 def square_clip(frames: int = 5, height: int = 24, width: int = 32, points: int = 6, seed: int = 0, shift: int = 0) -> dict:
-    """A textured square that moves one pixel a frame over a textured background, as TAP-Vid stores a clip, with a point that gets hidden; and its mask."""
+    """A textured square that moves four pixels a frame over a textured background, as TAP-Vid stores a clip, with a point that gets hidden; and its mask."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
     waves = [0.5 + 0.2 * np.sin(0.7 * columns + 0.3 * rows + phase) + 0.1 * np.cos(0.9 * rows - 0.2 * columns) for phase in (0, 1, 2)]
     back = np.stack(waves, -1) + 0.1 * random.random((height, width, 3))
-    side = height // 2
-    block = np.clip(0.3 * (np.indices((side, side)).sum(0) // 3 % 2)[..., None] + 0.6 * random.random((side, side, 3)), 0, 1)
+    side = height // 3
+    block = np.array([0.7, 0.1, 0.1]) + 0.3 * random.random((side, side, 3))
     video, masks = [], []
-    top, left = height // 4, 3 + shift
+    top, left, speed = height // 3, 3 + shift, 4
     for frame in range(frames):
         picture, mask = back.copy(), np.zeros((height, width), bool)
-        picture[top : top + side, left + frame : left + frame + side] = block
-        mask[top : top + side, left + frame : left + frame + side] = True
+        picture[top : top + side, left + speed * frame : left + speed * frame + side] = block
+        mask[top : top + side, left + speed * frame : left + speed * frame + side] = True
         video.append(np.round(255 * np.clip(picture, 0, 1)).astype(np.uint8))
         masks.append(mask)
     time = np.arange(frames)
     inside = np.array([left, top]) + side * random.uniform(0.2, 0.8, (points, 2))
-    moving = inside[:, None] + np.stack([time, 0 * time], -1)
+    moving = inside[:, None] + np.stack([speed * time, 0 * time], -1)
     still = np.repeat(np.array([[[left + side + 1.5, top + side / 2]]]), frames, 1)
     tracks = np.concatenate([moving, still])
     occluded = np.zeros((points + 1, frames), bool)
-    occluded[-1] = still[0, :, 0] < left + time + side
+    occluded[-1] = (still[0, :, 0] >= left + speed * time) & (still[0, :, 0] < left + speed * time + side)
     return {
         "clip": {"points": (tracks / [width, height]).astype(np.float32), "occluded": occluded, "video": np.stack(video)},
         "masks": np.stack(masks),

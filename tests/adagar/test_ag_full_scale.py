@@ -1,0 +1,260 @@
+"""The full-scale run on a miniature in the file format of TAP-Vid: reading, cues kept, interruption and resume, shares, refusals."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "miniatures"))
+import tapvid
+
+from papers10.adagar import full_scale
+from papers10.adagar.full_scale import FullScale, clip_cues, open_clips, own_share, reconstruct_clips, tapvid_davis
+from papers10.core.config import replace
+from papers10.core.data import DataMissing, LicenceNotAccepted
+from papers10.kernels.common import BackendUnavailable
+
+TINY = dict(depth_model="luma", tracker="lk", masks="motion", track_stride=4, device="cpu", n_init=60, n_max=120, n_knots=3, steps=16, strategy="default", refine_start=4, refine_stop=12, refine_every=4, rates={}, save_every=4, watch_every=8, lpips="none", deterministic=True)
+
+
+def settings_for(folder: Path, **changes) -> FullScale:
+    return FullScale(**{"data_path": str(tapvid.tapvid_davis(folder)), **TINY, **changes})
+
+
+def numbers(found: dict) -> dict:
+    return {name: {key: value for key, value in clip.items() if key != "seconds"} for name, clip in found["by_clip"].items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    settings = settings_for(folder)
+    return settings, folder / "run", reconstruct_clips(settings, folder / "run")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_pickle_is_read_in_every_protocol(tmp_path, protocol):
+    clips = list(tapvid_davis(tapvid.tapvid_davis(tmp_path, protocol=protocol)))
+    assert [clip.name for clip in clips] == ["bear", "car-turn"]
+    clip, truth = clips[0], tapvid.square_clip()["clip"]
+    assert clip.frames.dtype == torch.uint8 and np.array_equal(clip.frames.numpy(), truth["video"])
+    assert torch.allclose(clip.points, torch.from_numpy(truth["points"]) * torch.tensor([32.0, 24.0]))
+    assert np.array_equal(clip.occluded.numpy(), truth["occluded"]) and bool(clip.occluded.any())
+
+
+def test_zip_folder_and_choice(tmp_path, monkeypatch):
+    archive = tapvid.tapvid_davis(tmp_path, zipped=True)
+    assert [clip.name for clip in tapvid_davis(archive, clips=["car-turn"])] == ["car-turn"]
+    assert len(list(tapvid_davis(tmp_path))) == 2
+    monkeypatch.setenv("PAPERS10_DATA", str(tmp_path))
+    with pytest.raises(DataMissing, match="tapvid_davis"):
+        next(tapvid_davis())
+    tapvid.tapvid_davis(tmp_path)
+    assert len(list(tapvid_davis())) == 2
+    with pytest.raises(ValueError, match="clips: expected names among bear, car-turn, got bears"):
+        next(tapvid_davis(archive, clips=["bears"]))
+
+
+def test_reduced_frames_keep_points_in_place(tmp_path):
+    path = tapvid.tapvid_davis(tmp_path)
+    full, half = next(tapvid_davis(path)), next(tapvid_davis(path, size=12))
+    assert half.frames.shape == (5, 12, 16, 3) and torch.allclose(half.points * 2, full.points)
+    assert next(tapvid_davis(path, size=480)).frames.shape == full.frames.shape, "never enlarged"
+
+
+class Harm:
+    def __reduce__(self):
+        return (os.system, ("exit 1",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": Harm()}, "no array"),
+        ([1], "a mapping"),
+        ({"a": {"video": 3}}, "the arrays video, points and occluded"),
+        ({"a": {**tapvid.square_clip()["clip"], "occluded": np.zeros((7, 4), bool)}}, r"occluded \[n, 5\]"),
+        ({"a": {**tapvid.square_clip()["clip"], "points": 9 * tapvid.square_clip()["clip"]["points"]}}, r"visible points in \[0, 1\]"),
+        ({"a": {**tapvid.square_clip()["clip"], "video": np.zeros((5, 24, 32, 3))}}, "uint8"),
+    ],
+)
+def test_other_content_is_refused(tmp_path, content, message):
+    (tmp_path / "clips.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        list(tapvid_davis(tmp_path / "clips.pkl"))
+
+
+def test_truncated_file_is_refused(tmp_path):
+    path = tapvid.tapvid_davis(tmp_path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="expected a pickle of numpy arrays"):
+        list(tapvid_davis(path))
+
+
+def test_cues_are_computed_once_and_anew_for_other_settings(tmp_path, monkeypatch):
+    settings = settings_for(tmp_path)
+    clip = next(open_clips(settings))
+    first = clip_cues(clip, settings, tmp_path / "cues")
+    assert first.tracks.tracks.shape[1:] == (5, 2) and first.depth.shape == first.masks.shape == (5, 24, 32) and first.masks.any()
+    assert sorted(set(first.queried.tolist())) == [0, 1, 2, 3, 4]
+    made = []
+    real = full_scale.make_estimator
+    monkeypatch.setattr(full_scale, "make_estimator", lambda settings, kind, device="cpu": made.append(kind) or real(settings, kind, device))
+    again = clip_cues(clip, settings, tmp_path / "cues")
+    assert not made and torch.equal(again.depth, first.depth) and torch.equal(again.tracks.tracks, first.tracks.tracks) and torch.equal(again.masks, first.masks)
+    clip_cues(clip, replace(settings, depth_model="plane"), tmp_path / "cues")
+    assert made == ["depth"]
+    (tmp_path / "cues" / "bear" / "masks.safetensors").write_bytes(b"half")
+    clip_cues(clip, settings, tmp_path / "cues")
+    assert made == ["depth", "depth", "masks"]
+    assert not list((tmp_path / "cues").rglob(".*")), "no temporary file is left"
+
+
+def test_davis_annotations_are_masks(tmp_path):
+    settings = settings_for(tmp_path, masks="davis", davis_masks=str(tapvid.davis_masks(tmp_path)))
+    cues = clip_cues(next(open_clips(settings)), settings, tmp_path / "cues")
+    assert np.array_equal(cues.masks.numpy(), tapvid.square_clip()["masks"])
+    with pytest.raises(DataMissing, match="davis_masks"):
+        full_scale.davis_masks(settings, "camel", (24, 32))
+
+
+def test_the_whole_path_learns_and_reports(whole):
+    _, folder, found = whole
+    assert found["clips"] == 2 and set(found["by_clip"]) == {"bear", "car-turn"}
+    clip = found["by_clip"]["bear"]
+    assert {"psnr", "ssim", "lpips", "detail_psnr", "depth_consistency", "primitives", "mean_weight"} <= set(clip) and clip["lpips"] is None
+    assert 60 < clip["primitives"] <= 120
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.read_table(folder / "results.parquet").to_pylist()
+    assert len(rows) == 10 and {row["split"] for row in rows} == {"train"}
+    assert json.loads((folder / "summary.json").read_text())["means"]["psnr"] == found["means"]["psnr"]
+    log = [json.loads(line) for line in (folder / "clips" / "bear" / "logs" / "bear.jsonl").read_text().splitlines()]
+    assert {"rgb", "track", "depth", "mask", "curv", "arap", "primitives"} <= set(log[-1])
+    watch = [json.loads(line) for line in (folder / "clips" / "bear" / "logs" / "bear-watch.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in watch] == [8, 16] and {"psnr_0", "psnr_4", "curvature", "beyond_nyquist"} <= set(watch[0])
+    assert all(watch[1][f"psnr_{frame}"] > watch[0][f"psnr_{frame}"] for frame in (0, 1, 3, 4)) and watch[0]["curvature"] > 0
+    assert len(list((folder / "clips" / "bear" / "pictures").glob("*.png"))) == 2
+
+
+def test_interrupted_and_resumed_gives_the_same_numbers(whole, tmp_path, monkeypatch):
+    settings, _, found = whole
+    real = full_scale._Watch.__call__
+
+    def stops(self, state):
+        real(self, state)
+        if state.step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale._Watch, "__call__", stops)
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct_clips(settings, tmp_path)
+    assert [path.name for path in (tmp_path / "clips" / "bear" / "checkpoints" / "bear").iterdir()] == ["step-00000004", "step-00000008"]
+    again = reconstruct_clips(settings, tmp_path)
+    assert numbers(again) == numbers(found)
+    monkeypatch.setattr(full_scale, "reconstruct_clip", None)
+    assert reconstruct_clips(settings, tmp_path)["by_clip"] == again["by_clip"], "what is finished is returned"
+    with pytest.raises(ValueError, match="folder: .*gamma"):
+        reconstruct_clips(replace(settings, gamma=0.25), tmp_path)
+
+
+def test_one_failing_clip_does_not_cost_the_others(whole, tmp_path, monkeypatch):
+    settings, _, _ = whole
+    real = full_scale.reconstruct_clip
+
+    def fails(scene, settings, **options):
+        if options["name"] == "bear":
+            raise FloatingPointError("no good")
+        return real(scene, settings, **options)
+
+    monkeypatch.setattr(full_scale, "reconstruct_clip", fails)
+    with pytest.raises(RuntimeError, match="1 of 2 clips failed: bear: FloatingPointError: no good"):
+        reconstruct_clips(replace(settings, steps=2, save_every=0), tmp_path)
+    assert (tmp_path / "clips" / "car-turn" / "result.json").exists()
+
+
+def test_hidden_frames_are_scored_apart(tmp_path):
+    found = reconstruct_clips(settings_for(tmp_path, holdout="odd", steps=4, save_every=0, clips=["bear"], masks="none", depth_model="none"), tmp_path / "run")
+    clip = found["by_clip"]["bear"]
+    assert clip["held_out_psnr"] != clip["psnr"] and found["clips"] == 1
+
+
+def test_without_any_cue(tmp_path):
+    found = reconstruct_clips(settings_for(tmp_path, steps=2, save_every=0, clips=["bear"], masks="none", depth_model="none", tracker="none", lambda_arap=0.0), tmp_path / "run")
+    assert found["by_clip"]["bear"]["psnr"] > 5
+
+
+def test_shares(monkeypatch):
+    names = list("abcdefg")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert own_share(names) == names
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert own_share(names) == list("bdf")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    assert own_share(names) == ["c", "f"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    parts = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        parts += own_share(names)
+    assert sorted(parts) == names
+
+
+def test_the_module_is_the_worker_of_a_launcher(whole, tmp_path):
+    settings, _, found = whole
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    done = subprocess.run([sys.executable, "-m", "papers10.adagar.full_scale", str(tmp_path / "settings.json"), str(tmp_path / "run")], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert json.loads(done.stdout.splitlines()[-1])["clips"] == 1
+    mine = json.loads((tmp_path / "run" / "clips" / "car-turn" / "result.json").read_text())
+    assert mine["psnr"] == found["by_clip"]["car-turn"]["psnr"], "alone in its process: no gradients are averaged over clips"
+
+
+def test_needs_name_hours_memory_and_licences():
+    said = full_scale.needs(FullScale())
+    assert "45 GPU-hours" in said and "24 GB" in said and "CC-BY-4.0" in said and "non-commercial" in said and "papers10[lm,data,splat,metrics]" in said
+
+
+def test_refusals_before_anything_starts(tmp_path, monkeypatch):
+    settings = settings_for(tmp_path)
+    full_scale.check(settings)
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable, match="device: expected a GPU"):
+            full_scale.check(replace(settings, device="cuda"))
+    monkeypatch.setenv("PAPERS10_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("PAPERS10_HOME", str(tmp_path / "nothing"))
+    with pytest.raises(DataMissing, match="tapvid_davis.pkl"):
+        full_scale.check(replace(settings, data_path=None))
+    with pytest.raises(FileNotFoundError, match="data_path"):
+        full_scale.check(replace(settings, data_path=str(tmp_path / "no.mp4")))
+    with pytest.raises(DataMissing, match="papers10 data get bootstapir"):
+        full_scale.check(replace(settings, tracker="tapir"))
+    with pytest.raises(LicenceNotAccepted, match="CoTracker"):
+        full_scale.check(replace(settings, tracker="cotracker"))
+    with pytest.raises(LicenceNotAccepted, match="Large"):
+        full_scale.check(replace(settings, depth_model="depth-anything", depth_checkpoint="depth-anything/Depth-Anything-V2-Large-hf"))
+    with pytest.raises(DataMissing, match="davis2017"):
+        full_scale.check(replace(settings, masks="davis"))
+    with pytest.raises(ValueError, match="tracker"):
+        full_scale.check(replace(settings, tracker="lkk"))
+
+
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(ValueError, match="did you mean 'tracker'"):
+        FullScale(trackr="lk")
+
+
+def test_the_table_of_the_paper():
+    rows = {row["method"]: row for row in full_scale.PAPER_TABLE}
+    assert len(rows) == 7 and round(rows["AdaGaR"]["psnr"] - rows["Splatter a Video"]["psnr"], 2) == 6.86
