@@ -54,7 +54,7 @@ def query_frames(n_frames: int) -> list[int]:
     check_range("n_frames", n_frames, 1)
     return sorted({*range(0, n_frames, math.ceil(n_frames / 5)), n_frames - 1})
 
-# %% ../../nbs/05_adagar/05_initialisation.ipynb #27bec2f7
+# %% ../../nbs/05_adagar/05_initialisation.ipynb #4278760b
 def _plain(value: Any) -> Tensor:
     return torch.as_tensor(np.asarray(value) if not isinstance(value, Tensor) else value).detach()
 
@@ -196,14 +196,17 @@ class VideoScene:
         return cls(frames.contiguous(), depth, tracks, visibility, confidence, queries, masks, None if times is None else _plain(times).double(), n_frames, fps)
 
     @classmethod
-    def from_video(cls, path: Any, *, max_frames: int | None = None, size: int | tuple[int, int] | None = None, start: int = 0, fps: float | None = None, stride: int = 0,
-                   depth_model: Any = "none", tracker: Any = "lk", masks: Any = "motion") -> "VideoScene":
+    def from_video(cls, path: Any, *, max_frames: int | None = None, size: int | tuple[int, int] | None = None, start: int = 0, stride: int = 1,
+                   depth_model: Any = "none", tracker: Any = "lk", masks: Any = "motion", track_stride: int = 0) -> "VideoScene":
         """A scene from a video file, a folder of pictures or a data name such as "clip/bigbuckbunny", and nothing else.
 
-        max_frames, size, start, fps: of `core.media.read_video`. stride, depth_model, tracker, masks: of `with_cues`.
+        Args:
+            max_frames: at most so many frames. size: (height, width) or the short side, as in `core.media.read_video`. start: first frame. stride: every so many-th frame is taken.
+            depth_model, tracker, masks, track_stride: of `with_cues`.
         """
-        video = read_video(path, max_frames=max_frames, size=size, start=start, fps=fps)
-        return cls.from_array(video.frames, fps=video.fps).with_cues(depth_model=depth_model, tracker=tracker, masks=masks, stride=stride)
+        stride = int(check_range("stride", stride, 1))
+        video = read_video(path, max_frames=None if max_frames is None else (max_frames - 1) * stride + 1, size=size, start=start)
+        return cls.from_array(video.frames[::stride], fps=video.fps / stride).with_cues(depth_model=depth_model, tracker=tracker, masks=masks, track_stride=track_stride)
 
     @classmethod
     def from_folder(cls, path: Any, *, disparity: bool = False, queries: Sequence[int] | None = None, pixel_offset: float = 0.5, fps: float | None = None) -> "VideoScene":
@@ -258,12 +261,12 @@ class VideoScene:
             points = points * points.new_tensor([frames.shape[2], frames.shape[1]])
         return cls.from_array(frames, tracks=points, visibility=seen, fps=fps)
 
-    def with_cues(self, *, depth_model: Any = "none", tracker: Any = "none", masks: Any = "none", stride: int = 0) -> "VideoScene":
+    def with_cues(self, *, depth_model: Any = "none", tracker: Any = "none", masks: Any = "none", track_stride: int = 0) -> "VideoScene":
         """The scene with cues estimated from its frames alone, in place of those it had; "none" leaves a cue as it is.
 
         Args:
             depth_model, tracker, masks: names of `splat.estimators.ESTIMATORS`, or estimators.
-            stride: pixels between tracked points in each of the `query_frames`; 0 for a twenty-fourth of the short side, between 4 and 8.
+            track_stride: pixels between tracked points in each of the `query_frames`; 0 for a twenty-fourth of the short side, between 4 and 8.
 
         To hold frames out strictly, take `scene.subset(train).with_cues(...)`: then no cue has seen the others.
         """
@@ -274,8 +277,8 @@ class VideoScene:
             changes["depth"] = normalise_depth(found.depth(self.frames).float())
         found = made("tracker", tracker)
         if found is not None:
-            check_range("stride", stride, 0)
-            step = int(stride) or min(8, max(4, round(min(self.size) / 24)))
+            check_range("track_stride", track_stride, 0)
+            step = int(track_stride) or min(8, max(4, round(min(self.size) / 24)))
             points = grid_queries(self.frames, stride=step, times=query_frames(len(self)))
             tracks, visible, confidence = found.track(self.frames, points)
             changes |= {"tracks": tracks, "visibility": visible, "confidence": confidence, "queries": points[:, 0].long()}
@@ -605,7 +608,7 @@ def draw(weights: Float[Tensor, "M"], n: int, *, background: Bool[Tensor, "M"] |
     behind = torch.where(background, keys, -math.inf).topk(wanted).indices
     return torch.cat([torch.where(background, -math.inf, keys).topk(n - wanted).indices, behind])
 
-# %% ../../nbs/05_adagar/05_initialisation.ipynb #064aca04
+# %% ../../nbs/05_adagar/05_initialisation.ipynb #b2dc17be
 def _ring(n: int, margin: float, wide: int, high: int, random: torch.Generator) -> Tensor:
     """n points [n, 2] in pixels, uniform in the band of width `margin` times each side around the picture."""
     found = torch.zeros(0, 2)
@@ -616,15 +619,15 @@ def _ring(n: int, margin: float, wide: int, high: int, random: torch.Generator) 
 
 
 def _spacing(places: Candidates, rows: Tensor, camera: Cameras) -> Tensor:
-    """Half the mean distance in pixels of each point to its three nearest neighbours in its query frame, between 0.5 and a tenth of the height."""
-    half = torch.full((len(places.xy),), camera.height / 10)
-    if len(half) > 1:
+    """Mean distance in pixels of each point to its three nearest neighbours in its query frame; a tenth of the height for a lone point."""
+    found = torch.full((len(places.xy),), camera.height / 10)
+    if len(found) > 1:
         for frame in places.frame.unique().tolist():
             mine = (places.frame == frame).nonzero()[:, 0]
             here = _pixels(torch.einsum("k,mkd->md", rows[frame], places.knots.double()), camera)
             # The nearest is the point itself.
-            half[mine] = (knn(here[mine], here, min(4, len(half)))[0][:, 1:].mean(1) / 2).float()
-    return half.clamp(0.5, max(0.5, camera.height / 10))
+            found[mine] = knn(here[mine], here, min(4, len(found)))[0][:, 1:].mean(1).float()
+    return found
 
 
 def _coefficients(places: Candidates, splats: GaborSplats) -> tuple[Tensor, Tensor]:
@@ -640,7 +643,7 @@ def _coefficients(places: Candidates, splats: GaborSplats) -> tuple[Tensor, Tens
 
 
 def initialise(scene: VideoScene, *, n: int = 2000, n_waves: int = 2, wave_start: str = "spectral", motion: str = "hermite", n_knots: int = 0, sampling: str = "adaptive", lam: float = 1e-4,
-               margin: float = 0.25, attributes: Mapping[str, int] | None = None, aspect: str = "isotropic", seed: int = 0, train_frames: Any = None, **options: Any) -> GaborSplats:
+               margin: float = 0.25, spread: float = 1.0, attributes: Mapping[str, int] | None = None, aspect: str = "isotropic", seed: int = 0, train_frames: Any = None, **options: Any) -> GaborSplats:
     """Primitives that look like the clip and move as its tracks do.
 
     Args:
@@ -649,11 +652,12 @@ def initialise(scene: VideoScene, *, n: int = 2000, n_waves: int = 2, wave_start
         wave_start: of `initial_waves`, "spectral", "random" or "fixed".
         sampling: "adaptive": density by motion, depth and masks; "uniform": every candidate alike; "random": uniform in the camera's box, z in [0, 1], still, opacity 0.1.
         lam: weight of the curvature when paths are fitted, see `fit_tracks`; it does not depend on the unit of length.
+        spread: standard deviations as a share of the mean distance to the three nearest neighbours.
         margin: width of the band around the picture as a share of its sides; 0 for none. A tenth of the primitives lies there.
         seed: of all draws. train_frames: of `VideoScene.subset`; only these frames are looked at.
 
     Returns:
-        float32 on the CPU.
+        float32, on the device of the frames.
 
     What takes the place of a missing cue: without depth, z is 1 on the foreground and 1.5 behind (1.25 without masks); without masks there is one layer; without tracks all is still.
 
@@ -664,7 +668,9 @@ def initialise(scene: VideoScene, *, n: int = 2000, n_waves: int = 2, wave_start
     check_choice("wave_start", wave_start, WAVE_STARTS)
     check_range("margin", margin, 0)
     check_range("lam", lam, 0)
+    check_range("spread", spread, 0, open=True)
     n = int(n)
+    device = scene.frames.device
     scene = (scene if train_frames is None else scene.subset(train_frames)).to("cpu")
     splats = GaborSplats(n, scene.n_frames, n_waves=n_waves, motion=motion, n_knots=n_knots, attributes={"mask": 1} if attributes is None else attributes, aspect=aspect, **options)
     (wide, high), camera = scene.size, ortho_cameras(*scene.size, aspect)
@@ -683,9 +689,9 @@ def initialise(scene: VideoScene, *, n: int = 2000, n_waves: int = 2, wave_start
         chosen = pool.take(draw(weights, n - outside, background=None if scene.masks is None else pool.side < 0, seed=seed))
         if outside:
             chosen = Candidates(*(torch.cat(fields) for fields in zip(chosen, _margin(pool, outside, margin, rows, camera, random))))
-    spread = _spacing(chosen, rows, camera)
+    sigma = (spread * _spacing(chosen, rows, camera)).clamp(0.5, max(0.5, high / 10))
     focal = camera.Ks[0].diagonal()[:2]
-    scales = spread[:, None] / focal[[0, 1, 1]]
+    scales = sigma[:, None] / focal[[0, 1, 1]]
     means, offsets = _coefficients(chosen, splats)
     look = torch.zeros(n, 3)
     waves, raw = torch.zeros(n, n_waves, 3), torch.zeros(n, n_waves)
@@ -713,7 +719,7 @@ def initialise(scene: VideoScene, *, n: int = 2000, n_waves: int = 2, wave_start
                 splats.attributes[:, start : start + size] = 2.0 * chosen.side[:, None]
             start += size
     splats.clamp_()
-    return splats
+    return splats.to(device)
 
 
 def _margin(pool: Candidates, n: int, margin: float, rows: Tensor, camera: Cameras, random: torch.Generator) -> Candidates:
