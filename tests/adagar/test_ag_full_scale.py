@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -190,6 +189,49 @@ def test_without_any_cue(tmp_path):
     assert found["by_clip"]["bear"]["psnr"] > 5
 
 
+def test_a_folder_of_pictures_and_one_with_cues(tmp_path):
+    truth = tapvid.square_clip()
+    write = full_scale.write_image
+    for kind in ("plain", "with/images", "with/masks"):
+        (tmp_path / kind).mkdir(parents=True)
+    for frame, picture in enumerate(truth["clip"]["video"]):
+        for kind in ("plain", "with/images"):
+            write(tmp_path / kind / f"{frame:05d}.png", torch.from_numpy(picture))
+        write(tmp_path / "with" / "masks" / f"{frame:05d}.png", torch.from_numpy(255 * truth["masks"][frame].astype(np.uint8)))
+    settings = replace(settings_for(tmp_path), data_path=str(tmp_path / "plain"))
+    assert full_scale.clip_names(settings) == ["plain"]
+    clip = next(open_clips(settings))
+    assert np.array_equal(clip.frames.numpy(), truth["clip"]["video"]) and clip.points is None
+    with_cues = replace(settings, data_path=str(tmp_path / "with"), steps=2, save_every=0)
+    clip = next(open_clips(with_cues))
+    scene = full_scale.scene_of(clip, with_cues, tmp_path / "cues")
+    assert clip.frames is None and np.array_equal(scene.masks.numpy(), truth["masks"]) and scene.depth is None and not (tmp_path / "cues").exists()
+    assert reconstruct_clips(with_cues, tmp_path / "run")["by_clip"]["with"]["psnr"] > 5
+    with pytest.raises(ValueError, match="clips: expected names among plain"):
+        next(open_clips(replace(settings, clips=["other"])))
+
+
+def test_depth_is_aligned_along_the_tracks_and_stillness_is_background(tmp_path, monkeypatch):
+    asked = {}
+
+    class Network:
+        def track(self, frames, queries):
+            return full_scale.Tracks(queries[:, None, 1:].repeat(1, len(frames), 1), torch.ones(len(queries), len(frames), dtype=torch.bool), torch.ones(len(queries), len(frames)))
+
+        def depth(self, frames, tracks=None):
+            asked["tracks"] = tracks
+            return torch.ones(frames.shape[:3])
+
+        def segment(self, frames):
+            raise ValueError("points: expected a prompt (points or box), got none, and nothing moves by itself in these frames")
+
+    monkeypatch.setattr(full_scale, "make_estimator", lambda settings, kind, device="cpu": Network())
+    settings = settings_for(tmp_path, depth_model="depth-anything", tracker="tapir", masks="sam2", holdout="odd")
+    with pytest.warns(UserWarning, match="nothing moves"):
+        cues = clip_cues(next(open_clips(settings)), settings, tmp_path / "cues")
+    assert asked["tracks"] is not None and cues.tracks.tracks.shape[1] == len(cues.masks) == 3 and not cues.masks.any()
+
+
 def test_shares(monkeypatch):
     names = list("abcdefg")
     for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_PROCID", "SLURM_NTASKS"):
@@ -210,15 +252,33 @@ def test_shares(monkeypatch):
     assert sorted(parts) == names
 
 
-def test_the_module_is_the_worker_of_a_launcher(whole, tmp_path):
+def test_a_worker_of_a_launcher_does_its_own_clip_alone(whole, tmp_path, monkeypatch, capsys):
     settings, _, found = whole
     (tmp_path / "settings.json").write_text(settings.model_dump_json())
-    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    done = subprocess.run([sys.executable, "-m", "papers10.adagar.full_scale", str(tmp_path / "settings.json"), str(tmp_path / "run")], env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert json.loads(done.stdout.splitlines()[-1])["clips"] == 1
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    full_scale.main([str(tmp_path / "settings.json"), str(tmp_path / "run")])
+    said = capsys.readouterr().out.splitlines()
+    assert "one process a clip" in said[0] and json.loads(said[-1])["clips"] == 1
     mine = json.loads((tmp_path / "run" / "clips" / "car-turn" / "result.json").read_text())
-    assert mine["psnr"] == found["by_clip"]["car-turn"]["psnr"], "alone in its process: no gradients are averaged over clips"
+    assert mine["psnr"] == found["by_clip"]["car-turn"]["psnr"], "no gradients are averaged over clips"
+    assert os.environ["WORLD_SIZE"] == "2" and not (tmp_path / "run" / "clips" / "bear").exists()
+    with pytest.raises(SystemExit, match="usage"):
+        full_scale.main([])
+
+
+def test_the_experiment_of_the_chapter(tmp_path):
+    from papers10.core import presets, runs
+
+    changes = dict(experiments=["davis"], device="cpu", backend="auto", data_path=str(tapvid.tapvid_davis(tmp_path)), resolution=24, n_init=40, steps=4, refine_stop=0, out_dir=str(tmp_path / "runs"))
+    small = dict(depth_model="luma", tracker="lk", masks="motion", seeds=[0], resume=False, preset="paper", wandb="disabled")
+    run = runs.start("adagar", {**presets.load("adagar").values("paper"), **changes, **small})
+    found = full_scale.run_davis(run, run.parameters)
+    assert set(found[0]) == {"bear", "car-turn"}
+    metrics = run._result()["metrics"]
+    assert metrics["clips.psnr"]["n_items"] == 2 and "davis.psnr" not in metrics, "two clips say nothing about the claims"
+    assert full_scale.run_davis(run, run.parameters) == found, "each clip is a unit"
+    run.finish()
 
 
 def test_needs_name_hours_memory_and_licences():
