@@ -421,7 +421,7 @@ def scene_of(clip: Clip, settings: FullScale, folder: str | Path, *, device: str
     tracked = {} if cues.tracks is None else {"tracks": cues.tracks, "queries": cues.queried}
     return VideoScene.from_array(clip.frames[chosen], depth=cues.depth, masks=cues.masks, times=times, n_frames=total, **tracked).to(device)
 
-# %% ../../nbs/05_adagar/10_full_scale.ipynb #ecfbfdeb
+# %% ../../nbs/05_adagar/10_full_scale.ipynb #a4bd4d1c
 _FRAME_METRICS = ("psnr", "ssim", "lpips", "detail_psnr")
 
 
@@ -447,20 +447,24 @@ def evaluate_clip(model, frames: Float[Tensor, "time height width 3"], settings:
         "depth_consistency"; with points "average_jaccard", "average_pts_within_thresh", "occlusion_accuracy" (shares) and "temporal_coherence" (pixels a frame²); "notes" on what is absent.
     """
     count, height, width = frames.shape[:3]
-    seen, rows, depth, notes = set(seen_frames(settings, count)), [], [], []
+    seen, rows, depth, pictures, notes = set(seen_frames(settings, count)), [], [], [], []
     times = torch.arange(count, dtype=torch.float64) / max(1, count - 1)
     for frame in range(count):
         view = model.render(times[frame : frame + 1], width, height, channels=("color", "depth"), backend=settings.backend, deterministic=settings.deterministic, check=False)
         picture, truth = view.color[0].clamp(0, 1), frames[frame].to(view.color)
         depth.append(view.depth[0, ..., 0].cpu())
-        distance = None
-        if settings.lpips != "none":
-            found = lpips_distance(picture, truth, network=settings.lpips, download=settings.lpips_download)
-            distance = None if found.value is None else float(found.value)
-            if found.reason and not notes:
-                notes.append(f"{found.network}: {found.reason}")
+        pictures.append(picture.cpu())
         rows.append({"clip": name, "frame": frame, "time": float(times[frame]), "split": "train" if frame in seen else "held-out", "psnr": float(psnr(picture, truth)),
-                     "ssim": float(ssim(picture, truth)), "lpips": distance, "detail_psnr": float(detail_psnr(picture, truth))})
+                     "ssim": float(ssim(picture, truth)), "lpips": None, "detail_psnr": float(detail_psnr(picture, truth))})
+    # Many frames at once: the network is loaded anew with every call.
+    for start in range(0, count, 32) if settings.lpips != "none" else ():
+        part = torch.stack(pictures[start : start + 32]).to(model.means.device)
+        found = lpips_distance(part, frames[start : start + 32].to(part), network=settings.lpips, download=settings.lpips_download)
+        if found.value is None:
+            notes.append(f"{found.network}: {found.reason}")
+            break
+        for row, distance in zip(rows[start:], found.value.tolist()):
+            row["lpips"] = distance
     result: dict[str, Any] = {"rows": rows}
     for prefix, split in (("", "train"), ("held_out_", "held-out")):
         chosen = [row for row in rows if row["split"] == split]

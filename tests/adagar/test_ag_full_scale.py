@@ -184,6 +184,20 @@ def test_hidden_frames_are_scored_apart(tmp_path):
     assert clip["held_out_psnr"] != clip["psnr"] and found["clips"] == 1
 
 
+def test_lpips_is_a_number_or_nothing(tmp_path, monkeypatch):
+    from papers10.splat.metrics import PerceptualDistance
+
+    settings = settings_for(tmp_path, steps=2, save_every=0, clips=["bear"], lpips="alex")
+    absent = PerceptualDistance(None, "LPIPS 0.1, alex", "no weights")
+    monkeypatch.setattr(full_scale, "lpips_distance", lambda *pictures, **options: absent)
+    clip = reconstruct_clips(settings, tmp_path / "absent")["by_clip"]["bear"]
+    assert clip["lpips"] is None and "LPIPS 0.1, alex: no weights" in clip["notes"]
+    monkeypatch.setattr(full_scale, "lpips_distance", lambda a, b, **options: PerceptualDistance((a - b).abs().mean((1, 2, 3)), "LPIPS 0.1, alex"))
+    clip = reconstruct_clips(settings, tmp_path / "there")["by_clip"]["bear"]
+    rows = json.loads((tmp_path / "there" / "clips" / "bear" / "result.json").read_text())["rows"]
+    assert clip["lpips"] == pytest.approx(sum(row["lpips"] for row in rows) / 5) and all(0 < row["lpips"] < 1 for row in rows)
+
+
 def test_without_any_cue(tmp_path):
     found = reconstruct_clips(settings_for(tmp_path, steps=2, save_every=0, clips=["bear"], masks="none", depth_model="none", tracker="none", lambda_arap=0.0), tmp_path / "run")
     assert found["by_clip"]["bear"]["psnr"] > 5
