@@ -409,7 +409,7 @@ def merge_tracks(tracks: Float[Tensor, "M T 2"], visible: Bool[Tensor, "M T"], c
     kept = rows[alive]
     return tracks[kept], visible[kept], confidence[kept], kept
 
-# %% ../../nbs/05_adagar/05_initialisation.ipynb #ddc6266d
+# %% ../../nbs/05_adagar/05_initialisation.ipynb #860ec0d4
 class Candidates(NamedTuple):
     """Places where a primitive could begin.
 
@@ -521,13 +521,9 @@ def candidates(scene: VideoScene, n: int = 0, *, n_knots: int = 0, lam: float = 
         if scene.depth is not None:
             z = torch.stack([_sample(scene.depth[f].float(), tracks[:, f]) for f in range(count)], 1)
             z = _path_median(z, seen)
-        knots = fit_tracks(_unproject(tracks.double(), z.double(), camera), seen, confidence.clamp_min(0.05) * seen, scene.times, n_knots, lam)
-        once = seen.sum(1) == 1
-        if bool(once.any()):
-            knots[once] = _unproject(tracks[everyone, begun][once].double(), z[everyone, begun][once].double(), camera)[:, None]
-        knots = _kept_near(knots, z[seen], camera)
         xy = tracks[everyone, begun]
         amplitude = torch.where(seen, (tracks - xy[:, None]).norm(dim=-1), 0.0).amax(1)
+        knots = _fitted(tracks, z, seen, confidence, Candidates(xy, begun, side, amplitude, amplitude, amplitude, everyone >= 0), scene.times, rows, lam, camera)
         edges = _depth_edges(scene, begun.unique().tolist())
         edge = torch.stack([edges[f][r, c] for f, (r, c) in zip(begun.tolist(), start.tolist())])
         parts.append(Candidates(xy, begun, side, amplitude, edge, knots.float(), torch.ones(len(tracks), dtype=torch.bool)))
@@ -554,6 +550,27 @@ def candidates(scene: VideoScene, n: int = 0, *, n_knots: int = 0, lam: float = 
     if not parts:
         raise ValueError("n: expected at least 1 for a scene without tracks, got 0")
     return Candidates(*(torch.cat(fields) for fields in zip(*parts)))
+
+
+def _fitted(tracks: Tensor, z: Tensor, seen: Tensor, confidence: Tensor, places: Candidates, times: Tensor, rows: Tensor, lam: float, camera: Cameras) -> Tensor:
+    """Knots [M, K, 3] of the tracks; where a track was not seen it is drawn, a hundred times more weakly, to the motion of the nearest tracks seen in half of the frames or more."""
+    points, count, n_knots = _unproject(tracks.double(), z.double(), camera), tracks.shape[1], rows.shape[1]
+    weights = confidence.double().clamp_min(0.05) * seen
+    knots = _kept_near(fit_tracks(points, seen, weights, times, n_knots, lam), z[seen], camera)
+    donors = 2 * seen.sum(1) >= count
+    knots[seen.sum(1) == 1] = points[torch.arange(len(points)), places.frame][seen.sum(1) == 1][:, None]
+    lacking = (~seen.all(1)).nonzero()[:, 0]
+    if not len(lacking) or not bool(donors.any()):
+        return knots
+    known, target = places._replace(knots=knots), points[lacking].clone()
+    for frame in places.frame[lacking].unique().tolist():
+        mine = places.frame[lacking] == frame
+        which = lacking[mine]
+        shift = _neighbours_motion(places.xy[which], places.side[which], frame, known, seen[:, frame] & donors, rows, camera)[0]
+        target[mine] = points[which, frame][:, None] + torch.einsum("tk,mkd->mtd", rows, shift)
+    target = torch.where(seen[lacking][..., None], points[lacking], target)
+    knots[lacking] = _kept_near(fit_tracks(target, None, torch.where(seen[lacking], weights[lacking], 0.01), times, n_knots, lam), z[seen], camera)
+    return knots
 
 
 def _kept_near(knots: Tensor, depths: Tensor, camera: Cameras) -> Tensor:
