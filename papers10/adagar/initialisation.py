@@ -625,7 +625,7 @@ def draw(weights: Float[Tensor, "M"], n: int, *, background: Bool[Tensor, "M"] |
     behind = torch.where(background, keys, -math.inf).topk(wanted).indices
     return torch.cat([torch.where(background, -math.inf, keys).topk(n - wanted).indices, behind])
 
-# %% ../../nbs/05_adagar/05_initialisation.ipynb #b2dc17be
+# %% ../../nbs/05_adagar/05_initialisation.ipynb #98dc6add
 def _ring(n: int, margin: float, wide: int, high: int, random: torch.Generator) -> Tensor:
     """n points [n, 2] in pixels, uniform in the band of width `margin` times each side around the picture."""
     found = torch.zeros(0, 2)
@@ -721,7 +721,9 @@ def initialise(scene: VideoScene, *, n: int = 2000, n_waves: int = 2, wave_start
         mine = (chosen.frame == frame).nonzero()[:, 0]
         look[mine] = _sample(scene.frames[frame].float(), at[mine])
         if n_waves and wave_start == "spectral":
-            waves[mine], raw[mine] = initial_waves(n_waves, len(mine), image=scene.frames[frame], xy=at[mine], to_pixels=to_pixels[mine])
+            # In parts: a spectrum takes 8 kB a primitive.
+            for part in mine.split(8192):
+                waves[part], raw[part] = initial_waves(n_waves, len(part), image=scene.frames[frame], xy=at[part], to_pixels=to_pixels[part])
     with torch.no_grad():
         splats.means.copy_(means)
         splats.position_knots.copy_(offsets)
