@@ -29,7 +29,7 @@ from ..splat.waves import ENERGY_MODES
 MOTIONS = ("hermite", "linear", "cubic", "poly_fourier")
 FIELDS = ("means", "position_knots", "quats", "rotation_knots", "log_scales", "opacities", "colors", "waves", "wave_weights", "wave_phases", "attributes")
 
-# %% ../../nbs/05_adagar/04_scene.ipynb #ead7b429
+# %% ../../nbs/05_adagar/04_scene.ipynb #1dfc47a8
 class GaborSplats(nn.Module):
     """A clip as moving Gaussian or Gabor primitives.
 
@@ -139,6 +139,62 @@ class GaborSplats(nn.Module):
     def mean_weights(self) -> Float[Tensor, "N"]:
         """Mean weight of each primitive's waves: 0 is a Gaussian."""
         return self.wave_weights.detach().clamp(0, 1).mean(-1) if self.waves.shape[1] else torch.zeros(len(self), device=self.means.device)
+
+    # Files.
+
+    @torch.no_grad()
+    def to_ply(self, path, t: float = 0.0) -> None:
+        """Writes one moment as a PLY file with the plain fields of 3DGS and, after them, the waves: any viewer opens it, ours and `from_ply` read the waves too."""
+        from papers10.splat.export import save_ply
+
+        camera = {"model": "ortho", "aspect": self.options["aspect"]}
+        save_ply(path, self.at(float(t)).detach(), metadata={"time": float(t), "camera": camera, **{name: self.options[name] for name in ("energy", "gamma", "n_waves", "wave_space", "antialias")}})
+
+    @classmethod
+    @torch.no_grad()
+    def from_ply(cls, path, n_frames: int = 1, **options) -> "GaborSplats":
+        """Primitives of a PLY file, standing still; harmonics above degree 0 are dropped. options: of the class, over those in the file."""
+        from papers10.splat.export import load_ply
+
+        loaded, about = load_ply(path)
+        kept = {name: about[name] for name in ("energy", "gamma", "wave_space", "antialias") if name in about}
+        if "camera" in about:
+            kept["aspect"] = about["camera"].get("aspect", "isotropic")
+        sizes = {name: value.shape[-1] if value.dim() > 1 else 1 for name, value in loaded.extra.items()}
+        model = cls(len(loaded), n_frames, **{"n_waves": loaded.num_waves, "attributes": sizes, **kept, **options})
+        colors = loaded.colors if loaded.sh is None else (loaded.sh[:, 0] * 0.28209479177387814 + 0.5)
+        values = {"means": loaded.means, "quats": loaded.quats, "log_scales": loaded.scales.log(), "opacities": loaded.opacities.clamp(1e-6, 1 - 1e-6).logit(),
+                  "colors": colors.clamp(1e-4, 1 - 1e-4).logit()}
+        if loaded.num_waves:
+            values |= {"waves": loaded.waves, "wave_weights": loaded.wave_weights}
+            values |= {} if loaded.wave_phases is None else {"wave_phases": loaded.wave_phases}
+        if loaded.extra:
+            columns = [value.reshape(len(loaded), -1) for value in loaded.extra.values()]
+            names = [name for name, size in sizes.items() for _ in range(size)]
+            joined = torch.cat(columns, 1)
+            # The mask is rendered after a sigmoid.
+            values["attributes"] = torch.stack([column.clamp(1e-6, 1 - 1e-6).logit() if name == "mask" else column for name, column in zip(names, joined.T)], 1)
+        for name, value in values.items():
+            getattr(model, name).copy_(value)
+        return model
+
+    def save(self, path) -> None:
+        """Writes the whole moving scene: `PATH.safetensors` with all parameters, `PATH.json` with the options."""
+        from papers10.splat.export import save_scene
+
+        save_scene(path, {name: value.detach() for name, value in self.params().items()}, {"kind": "GaborSplats", "n": len(self), "options": self.options})
+
+    @classmethod
+    def load(cls, path) -> "GaborSplats":
+        """Reads what `save` wrote; raises ValueError for another kind of scene."""
+        from papers10.splat.export import load_scene
+
+        tensors, about = load_scene(path)
+        if about.get("kind") != "GaborSplats":
+            raise ValueError(f"path: expected a scene saved by GaborSplats in {path}, got kind {about.get('kind')!r}")
+        model = cls(about["n"], **about["options"])
+        model.load_state_dict(tensors)
+        return model
 
     # Growth.
 
