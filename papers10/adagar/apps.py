@@ -337,12 +337,14 @@ def edit_objects(model: "GaborSplats | EditedSplats", op: str, selector: Any = "
         raise ValueError(f"selector: expected at least one primitive, got none of {len(selected)}")
     return EditedSplats(model, op, selected, settings)
 
-# %% ../../nbs/05_adagar/09_applications.ipynb #d5f18b83
-def edit_appearance(model: GaborSplats, frame_time: float, image: Float[Tensor, "height width 3"], *, steps: int = 500, tolerance: float = 1e-4, lr: float = 0.05, **options: Any) -> GaborSplats:
+# %% ../../nbs/05_adagar/09_applications.ipynb #c123c007
+def edit_appearance(model: GaborSplats, frame_time: float, image: Float[Tensor, "height width 3"], *, selector: Any = None, steps: int = 500, tolerance: float = 1e-4,
+                    lr: float = 0.05, **options: Any) -> GaborSplats:
     """A copy of the scene whose colours are fitted to one edited frame.
 
     Args:
         frame_time: time of the frame, in [0, 1]. image: the frame as it shall look, [H, W, 3] in [0, 1].
+        selector: of `select` (an attribute's name, booleans, or a polygon on this frame); only the chosen primitives are painted. None: all (Splatter a Video).
         steps: of Adam with rate `lr`, at most; it ends when the mean squared error is below `tolerance`.
         options: of `splat.render`.
 
@@ -358,18 +360,24 @@ def edit_appearance(model: GaborSplats, frame_time: float, image: Float[Tensor, 
     check_range("steps", steps, 1)
     check_range("tolerance", tolerance, 0)
     check_range("lr", lr, 0, open=True)
+    height, width = image.shape[:2]
+    chosen = None if selector is None else select(model, selector, time=float(moment[0]), width=width, height=height)
+    if chosen is not None and not bool(chosen.any()):
+        raise ValueError(f"selector: expected at least one primitive, got none of {len(chosen)}")
     edited = copy.deepcopy(model)
     trained = {name: parameter.requires_grad for name, parameter in edited.named_parameters()}
     for name, parameter in edited.named_parameters():
         parameter.requires_grad_(name == "colors")
     optimizer = torch.optim.Adam([edited.colors], lr=lr)
-    target, (height, width) = image.to(edited.colors), image.shape[:2]
+    target = image.to(edited.colors)
     for _ in range(int(steps)):
         error = (edited.render(moment, width, height, channels=("color",), **options).color[0] - target).square().mean()
         if float(error.detach()) < tolerance:
             break
         optimizer.zero_grad()
         error.backward()
+        if chosen is not None:
+            edited.colors.grad[~chosen] = 0
         optimizer.step()
     for name, parameter in edited.named_parameters():
         parameter.requires_grad_(trained[name])
@@ -591,7 +599,7 @@ def novel_view(model: "GaborSplats | EditedSplats", cameras: "Cameras | Float[Te
         pictures.append(model.render(moments[some], views.width, views.height, channels=("color",), cameras=views.index(some.to(views.viewmats.device)), **options).color)
     return torch.cat(pictures).clamp(0, 1) if pictures else torch.zeros(0, views.height, views.width, 3)
 
-# %% ../../nbs/05_adagar/09_applications.ipynb #6a8d9d0a
+# %% ../../nbs/05_adagar/09_applications.ipynb #e1e83859
 _MOTORCYCLE = {"width": 741, "focal": 994.978, "baseline": 193.001, "offset": 31.086}
 """Calibration that scikit-image states for its pair: pixels, pixels, mm, pixels."""
 
@@ -651,15 +659,16 @@ def edit_check(*, seed: int = 0, steps: int = 300, arm: str = "gabor_curv", fram
         seed, steps, arm, frames, size, backend: of `trained_disc`; not used when `trained` is given.
 
     Returns:
-        PSNR in dB against the clip recoloured in every frame: "edited" in frame 0; in the others "propagated" and, without the edit, "unedited"; the same on the pixels of the disc,
+        PSNR in dB against the clip recoloured in every frame: "edited" in frame 0; in the others "propagated", "propagated_selected" when only the primitives of
+        the mask channel were painted, and, without the edit, "unedited"; the same on the pixels of the disc,
         "propagated_disc" and "unedited_disc"; "reconstruction" of the others before the edit, against the clip as it was.
     """
     clip, model = (trained or trained_disc(arm=arm, steps=steps, frames=frames, size=size, seed=seed, backend=backend))[:2]
     scene = clip.scene
     height, width = scene.frames.shape[1:3]
     truth = recolour(scene.frames, scene.masks)
-    edited = edit_appearance(model, 0.0, truth[0], backend=backend)
-    before, after = (interpolate(chosen, width, height, backend=backend) for chosen in (model, edited))
+    edited = [edit_appearance(model, 0.0, truth[0], selector=selector, backend=backend) for selector in (None, "mask")]
+    before, after, chosen = (interpolate(which, width, height, backend=backend) for which in (model, *edited))
     mean = lambda pictures, wanted, mask=None: float(psnr(pictures[1:], wanted[1:], mask=mask).mean())
-    return {"edited": float(psnr(after[0], truth[0])), "propagated": mean(after, truth), "unedited": mean(before, truth), "propagated_disc": mean(after, truth, scene.masks[1:]),
+    return {"edited": float(psnr(after[0], truth[0])), "propagated": mean(after, truth), "propagated_selected": mean(chosen, truth), "unedited": mean(before, truth), "propagated_disc": mean(after, truth, scene.masks[1:]),
             "unedited_disc": mean(before, truth, scene.masks[1:]), "reconstruction": mean(before, scene.frames)}
