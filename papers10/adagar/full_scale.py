@@ -10,7 +10,7 @@ __all__ = ['PAPER_TABLE', 'LICENCES', 'PAPER_HOURS', 'DAVIS_CLIPS', 'METRICS', '
            'open_clips', 'clip_names', 'scene_of', 'make_trainer', 'evaluate_clip', 'reconstruct_clip', 'needs',
            'check', 'own_share', 'reconstruct_clips', 'summary', 'main', 'run_davis']
 
-# %% ../../nbs/05_adagar/10_full_scale.ipynb #d18484cf
+# %% ../../nbs/05_adagar/10_full_scale.ipynb #8441d380
 import errno
 import hashlib
 import importlib
@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .apps import track_points
 from .initialisation import VideoScene, initialise, query_frames
 from .training import FULL_RATES, AdaGaRConfig, AdaGaRTrainer
 from ..core import distributed
@@ -261,7 +262,7 @@ def training_config(settings: FullScale, scene: VideoScene | None = None) -> Ada
             same[name] = same[name] if cue is not None else 0.0
     return AdaGaRConfig(**{**same, **_rates(settings), "log_every": min(100, settings.steps)})
 
-# %% ../../nbs/05_adagar/10_full_scale.ipynb #1e8d946b
+# %% ../../nbs/05_adagar/10_full_scale.ipynb #b7d18aa5
 class Cues(NamedTuple):
     """Fields: tracks with the frames of their queries [M]; depth [T, H, W]; masks bool [T, H, W]; None for what was not asked for."""
 
@@ -274,11 +275,16 @@ class Cues(NamedTuple):
 _ON_DEVICE = ("depth-anything", "tapir", "cotracker", "sam2")
 
 
-def make_estimator(settings: FullScale, kind: Literal["depth", "tracker", "masks"], device: str | torch.device = "cpu") -> Any:
-    """The estimator that the settings name, or None. Raises what it lacks: MissingExtra, DataMissing, LicenceNotAccepted, ValueError."""
+def make_estimator(settings: FullScale, kind: Literal["depth", "tracker", "masks"], device: str | torch.device = "cpu", rows: int = 480) -> Any:
+    """The estimator that the settings name, or None. rows: of the frames; the window of "lk" is a quarter of them, between 7 and 15 pixels.
+
+    Raises what it lacks: MissingExtra, DataMissing, LicenceNotAccepted, ValueError.
+    """
     name = {"depth": settings.depth_model, "tracker": settings.tracker, "masks": settings.masks}[kind]
     own = {"depth": settings.depth_checkpoint, "tracker": settings.tracker_checkpoint, "masks": settings.masks_checkpoint}[kind]
     options: dict[str, Any] = {"device": device} if name in _ON_DEVICE else {}
+    if name == "lk":
+        options["window"] = min(15, max(7, rows // 4 | 1))
     if name in ("depth-anything", "sam2") and own:
         options["model"] = own
     if name == "tapir":
@@ -332,7 +338,7 @@ def clip_cues(clip: Clip, settings: FullScale, folder: str | Path, *, device: st
     if settings.tracker != "none":
         own = key("tracks", settings.tracker, settings.tracker_checkpoint, settings.track_stride)
         queries = grid_queries(frames, stride=settings.track_stride, times=query_frames(count))
-        found = _kept(place / "tracks.safetensors", own, lambda: make_estimator(settings, "tracker", device).track(frames, queries)._asdict())
+        found = _kept(place / "tracks.safetensors", own, lambda: make_estimator(settings, "tracker", device, height).track(frames, queries)._asdict())
         tracks, queried = Tracks(**found), queries[:, 0].long()
     if settings.depth_model != "none":
         with_tracks = settings.depth_model == "depth-anything" and tracks is not None
@@ -421,7 +427,7 @@ def scene_of(clip: Clip, settings: FullScale, folder: str | Path, *, device: str
     tracked = {} if cues.tracks is None else {"tracks": cues.tracks, "queries": cues.queried}
     return VideoScene.from_array(clip.frames[chosen], depth=cues.depth, masks=cues.masks, times=times, n_frames=total, **tracked).to(device)
 
-# %% ../../nbs/05_adagar/10_full_scale.ipynb #a4bd4d1c
+# %% ../../nbs/05_adagar/10_full_scale.ipynb #57b56253
 _FRAME_METRICS = ("psnr", "ssim", "lpips", "detail_psnr")
 
 
@@ -473,12 +479,7 @@ def evaluate_clip(model, frames: Float[Tensor, "time height width 3"], settings:
             result[prefix + metric] = finite_mean(torch.tensor(values, dtype=torch.float64)) if values else None
     if points is not None and len(points):
         result["depth_consistency"] = _number(depth_consistency(torch.stack(depth), points, ~occluded))
-        try:
-            from papers10.adagar.apps import track_points
-        except ImportError:
-            notes.append("tracks: papers10.adagar.apps is not there")
-        else:
-            result.update(_track_scores(track_points, model, points, occluded, (width, height), frames, settings))
+        result.update(_track_scores(model, points, occluded, (width, height), settings))
     elif scene is not None and scene.tracks is not None and len(scene.tracks):
         result["depth_consistency"] = _number(depth_consistency(torch.stack(depth)[sorted(seen)], scene.tracks.cpu(), scene.visibility.cpu()))
     return {**result, "notes": notes}
@@ -488,14 +489,15 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _track_scores(track: Callable, model, points: Tensor, occluded: Tensor, size: tuple[int, int], frames: Tensor, settings: FullScale) -> dict[str, float | None]:
+def _track_scores(model, points: Tensor, occluded: Tensor, size: tuple[int, int], settings: FullScale) -> dict[str, float | None]:
     """TAP-Vid's measures, queries at the first frame in which a point is seen."""
     some = ~occluded.all(1)
     points, occluded = points[some], occluded[some]
     first = (~occluded).int().argmax(1)
-    at = points[torch.arange(len(points)), first]
+    # Some annotations lie a hair outside.
+    at = torch.minimum(points[torch.arange(len(points)), first].clamp_min(0), torch.tensor(size).to(points))
     queries = torch.cat([first[:, None].to(at), at], 1)
-    found, visible = track(model, queries.to(model.means), *size)[:2]
+    found, visible, _ = track_points(model, queries, *size, backend=settings.backend, deterministic=settings.deterministic, check=False)
     found, visible = found.cpu(), visible.cpu()
     scores = tapvid_metrics(queries[:, [0, 2, 1]], occluded, points, ~visible, found.to(points), "first", size=size)
     names = ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy")

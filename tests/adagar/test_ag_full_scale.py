@@ -104,7 +104,7 @@ def test_cues_are_computed_once_and_anew_for_other_settings(tmp_path, monkeypatc
     assert sorted(set(first.queried.tolist())) == [0, 1, 2, 3, 4]
     made = []
     real = full_scale.make_estimator
-    monkeypatch.setattr(full_scale, "make_estimator", lambda settings, kind, device="cpu": made.append(kind) or real(settings, kind, device))
+    monkeypatch.setattr(full_scale, "make_estimator", lambda settings, kind, *rest: made.append(kind) or real(settings, kind, *rest))
     again = clip_cues(clip, settings, tmp_path / "cues")
     assert not made and torch.equal(again.depth, first.depth) and torch.equal(again.tracks.tracks, first.tracks.tracks) and torch.equal(again.masks, first.masks)
     clip_cues(clip, replace(settings, depth_model="plane"), tmp_path / "cues")
@@ -129,6 +129,7 @@ def test_the_whole_path_learns_and_reports(whole):
     clip = found["by_clip"]["bear"]
     assert {"psnr", "ssim", "lpips", "detail_psnr", "depth_consistency", "primitives", "mean_weight"} <= set(clip) and clip["lpips"] is None
     assert 60 < clip["primitives"] <= 120
+    assert all(0 <= clip[name] <= 1 for name in ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy")) and clip["temporal_coherence"] >= 0
     pyarrow = pytest.importorskip("pyarrow.parquet")
     rows = pyarrow.read_table(folder / "results.parquet").to_pylist()
     assert len(rows) == 10 and {row["split"] for row in rows} == {"train"}
@@ -182,6 +183,23 @@ def test_hidden_frames_are_scored_apart(tmp_path):
     found = reconstruct_clips(settings_for(tmp_path, holdout="odd", steps=4, save_every=0, clips=["bear"], masks="none", depth_model="none"), tmp_path / "run")
     clip = found["by_clip"]["bear"]
     assert clip["held_out_psnr"] != clip["psnr"] and found["clips"] == 1
+
+
+def test_a_perfect_model_of_the_tracks_scores_perfectly(tmp_path, monkeypatch):
+    settings = settings_for(tmp_path)
+    clip = next(open_clips(settings))
+    exact = full_scale.Tracks(clip.points, ~clip.occluded, torch.ones(clip.occluded.shape))
+    monkeypatch.setattr(full_scale, "track_points", lambda *arguments, **options: exact)
+    scores = full_scale._track_scores(None, clip.points, clip.occluded, (32, 24), settings)
+    assert scores == {"average_jaccard": 1.0, "average_pts_within_thresh": 1.0, "occlusion_accuracy": 1.0, "temporal_coherence": 0.0}
+
+
+def test_a_start_from_tracks_follows_the_points(tmp_path):
+    score = {}
+    for tracker in ("lk", "none"):
+        settings = settings_for(tmp_path, tracker=tracker, n_init=150, steps=1, strategy="none", save_every=0, clips=["bear"])
+        score[tracker] = reconstruct_clips(settings, tmp_path / tracker)["by_clip"]["bear"]["average_pts_within_thresh"]
+    assert score["lk"] > 2 * score["none"], "the square moves four pixels a frame, which a still start does not know"
 
 
 def test_lpips_is_a_number_or_nothing(tmp_path, monkeypatch):
@@ -239,7 +257,7 @@ def test_depth_is_aligned_along_the_tracks_and_stillness_is_background(tmp_path,
         def segment(self, frames):
             raise ValueError("points: expected a prompt (points or box), got none, and nothing moves by itself in these frames")
 
-    monkeypatch.setattr(full_scale, "make_estimator", lambda settings, kind, device="cpu": Network())
+    monkeypatch.setattr(full_scale, "make_estimator", lambda *arguments: Network())
     settings = settings_for(tmp_path, depth_model="depth-anything", tracker="tapir", masks="sam2", holdout="odd")
     with pytest.warns(UserWarning, match="nothing moves"):
         cues = clip_cues(next(open_clips(settings)), settings, tmp_path / "cues")

@@ -8,13 +8,14 @@ import numpy as np
 
 
 def square_clip(frames: int = 5, height: int = 24, width: int = 32, points: int = 6, seed: int = 0, shift: int = 0) -> dict:
-    """A textured square that moves four pixels a frame over a textured background, as TAP-Vid stores a clip, with a point that gets hidden; and its mask."""
+    """A patterned square that moves four pixels a frame over a smooth background, as TAP-Vid stores a clip, with a point that gets hidden; and its mask."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
-    waves = [0.5 + 0.2 * np.sin(0.7 * columns + 0.3 * rows + phase) + 0.1 * np.cos(0.9 * rows - 0.2 * columns) for phase in (0, 1, 2)]
-    back = np.stack(waves, -1) + 0.1 * random.random((height, width, 3))
+    ripple = 0.02 * np.sin(0.5 * columns + 0.3 * rows)
+    back = np.stack([0.35 + 0.1 * columns / width, 0.45 + 0.1 * rows / height, 0.55 - 0.1 * columns / width], -1) + ripple[..., None]
     side = height // 3
-    block = np.array([0.7, 0.1, 0.1]) + 0.3 * random.random((side, side, 3))
+    y, x = np.mgrid[0:side, 0:side]
+    block = np.array([0.85, 0.25, 0.25]) + 0.15 * (np.sin(0.9 * x + 0.4 * y) + np.cos(0.8 * y - 0.5 * x))[..., None]
     video, masks = [], []
     top, left, speed = height // 3, 3 + shift, 4
     for frame in range(frames):
