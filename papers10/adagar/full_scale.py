@@ -170,7 +170,7 @@ def tapvid_davis(path: str | Path = "tapvid_davis", *, clips: Sequence[str] = ()
     for name in list(clips) or list(content):
         yield _clip(name, content.pop(name), size)
 
-# %% ../../nbs/05_adagar/10_full_scale.ipynb #5fd550dd
+# %% ../../nbs/05_adagar/10_full_scale.ipynb #34e13552
 class FullScale(Config):
     """A reconstruction of clips at full scale; fields have the names of the chapter's parameters.
 
@@ -183,7 +183,7 @@ class FullScale(Config):
     holdout: "none" trains on all frames, "odd" hides every second one. lpips: network, or "none"; lpips_download lets torchvision fetch its weights.
     """
 
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("clips", "device", "accept_licence", "save_every", "watch_every", "wandb", "wandb_project", "lpips_download")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("clips", "device", "accept_licence", "save_every", "watch_every", "wandb", "wandb_project", "lpips_download", "max_seconds")
 
     data_path: str | None = None
     clips: list[str] = ["all"]
@@ -226,6 +226,7 @@ class FullScale(Config):
     deterministic: bool = False
     seed: int = Field(default=0, ge=0)
     save_every: int = Field(default=1000, ge=0)
+    max_seconds: float | None = None
     watch_every: int = Field(default=500, ge=0)
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "papers10"

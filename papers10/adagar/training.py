@@ -26,13 +26,13 @@ from ..splat.cameras import project_points
 from ..splat.losses import arap_loss, mask_loss, neighbours, photometric_loss, ssi_depth_loss, ssim, track_loss
 from ..splat.metrics import psnr
 
-# %% ../../nbs/05_adagar/06_training.ipynb #bc6f91ec
+# %% ../../nbs/05_adagar/06_training.ipynb #e57a8977
 class AdaGaRConfig(Config):
     """Everything that decides a training, with SaV's weights and rates where they are known.
 
     steps; frames_per_step: pictures a step. lambda_*: weights of the terms; ssim_weight: share of SSIM in rgb. lr_*: rates of Adam in scene units (a unit is half the
     picture's height), `lr_decay`: factor that rates of places and knots reach at the end, exponentially; the others keep theirs. rotation_curvature: weight of rotations in the
-    curvature. strategy: "none", "default" or "mcmc" with refine_start, refine_stop, refine_every, reset_every, grow_grad2d, n_max. save_every: steps between checkpoints (0: none).
+    curvature. strategy: "none", "default" or "mcmc" with refine_start, refine_stop, refine_every, reset_every, grow_grad2d, n_max. save_every: steps between checkpoints (0: none). max_seconds: stop after this time; a later run goes on.
     background: colour behind everything. backend, deterministic: of the rasterizer. seed: of frames and growth.
     """
 
@@ -66,6 +66,7 @@ class AdaGaRConfig(Config):
     n_max: int = 500_000
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
     save_every: int = 0
+    max_seconds: float | None = None
     log_every: int = 20
     backend: str = "auto"
     deterministic: bool = True
@@ -163,7 +164,7 @@ def objective(model: GaborSplats, scene: VideoScene, frames: Tensor, partners: T
     terms["loss"] = sum(terms.values())
     return terms, view.meta
 
-# %% ../../nbs/05_adagar/06_training.ipynb #9c27bf5a
+# %% ../../nbs/05_adagar/06_training.ipynb #64a67ecc
 class TrainResult(NamedTuple):
     """Fields: model; history of `core.loop`; seconds; frames: PSNR and SSIM of each frame with its split."""
 
@@ -270,7 +271,7 @@ class AdaGaRTrainer:
             if change is not None:
                 apply_to_state(change, state)
 
-        settings = loop.LoopConfig(steps=config.steps, log_every=min(config.log_every, config.steps), clip_norm=None, save_every=config.save_every)
+        settings = loop.LoopConfig(steps=config.steps, log_every=min(config.log_every, config.steps), clip_norm=None, save_every=config.save_every, max_seconds=config.max_seconds)
         history = loop.train(state, step, settings, run=run, name=name, folder=folder, after_step=[after, *hooks])
         frames = evaluate_frames(self.model, scene, self.train_frames, background=config.background, backend=config.backend)
         return TrainResult(self.model, history, history.seconds, frames)
