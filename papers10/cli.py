@@ -916,7 +916,7 @@ def docs_command(
         except KeyboardInterrupt:
             server.shutdown()
 
-# %% ../nbs/shared/core/cli.ipynb #6d2962c3
+# %% ../nbs/shared/core/cli.ipynb #82c290b9
 def applications() -> dict[str, dict[str, str]]:
     """The chapters that have a program, with its actions; reads which modules exist and loads those."""
     import importlib
@@ -936,11 +936,11 @@ def applications() -> dict[str, dict[str, str]]:
     return found
 
 
-@app.command("app", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("app", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
 def app_command(
     context: typer.Context,
-    slug: Annotated[str, typer.Argument(help="A chapter.")],
-    action: Annotated[Optional[str], typer.Argument(help="What it shall do.")] = None,
+    slug: Annotated[Optional[str], typer.Argument(metavar="CHAPTER", help="A chapter.")] = None,
+    action: Annotated[Optional[str], typer.Argument(help="What it shall do; its options follow, --help shows them.")] = None,
 ) -> None:
     """The program of a chapter that has one."""
     import importlib
@@ -950,9 +950,18 @@ def app_command(
 
     there = applications()
     listed = "; ".join(f"{name}: {', '.join(actions)}" for name, actions in there.items()) or "no chapter has one yet"
+    if slug in (None, "-h", "--help"):
+        said = context.get_help()
+        print(said + "\n" if said else "", end="")
+        if there:
+            _table([{"program": f"papers10 app {name} {word}", "what": line} for name, actions in there.items() for word, line in actions.items()])
+        return
     slug = presets.find_slug(slug)
     if slug not in there:
         raise Stop(f"app: {slug} has no program; there are: {listed}")
+    if action in ("-h", "--help"):
+        _table([{"program": f"papers10 app {slug} {word}", "what": line} for word, line in there[slug].items()])
+        return
     if action not in there[slug]:
         close = nearest(action or "", list(there[slug]))
         raise Stop(f"app {slug}: expected one of {', '.join(there[slug])}, got {action}" + (f" (did you mean {close}?)" if close else ""))

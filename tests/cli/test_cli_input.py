@@ -240,6 +240,11 @@ def test_dispatch_passes_what_was_asked(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "papers10.tiny.app", module)
     assert call("app", "tiny", "drow")[0] == 2
     assert call("app", "tiny", "draw", "--size", "3")[0] == 3 and asked[-1] == ["draw", "--size", "3"]
+    # What follows an action is the action's own, --help too; without one the actions are listed.
+    assert call("app", "tiny", "draw", "--help")[0] == 3 and asked[-1] == ["draw", "--help"]
+    for line in (("app",), ("app", "--help"), ("app", "tiny", "-h")):
+        code, out = call(*line)[:2]
+        assert code == 0 and "draw it" in out
 
 
 def test_help_loads_nothing_heavy():
