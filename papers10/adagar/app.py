@@ -8,7 +8,8 @@ Docs: https://papers10.github.io/papers10/05_adagar/command_line.html.md"""
 __all__ = ['ACTIONS', 'program', 'Video', 'Out', 'Frames', 'Size', 'Steps', 'Primitives', 'Scene', 'Rate', 'Height', 'Device',
            'Seed', 'interpolate_command', 'depth_command', 'stereo_command', 'edit_command', 'view_command', 'main']
 
-# %% ../../nbs/05_adagar/11_command_line.ipynb #68dbc795
+# %% ../../nbs/05_adagar/11_command_line.ipynb #ddac4a01
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ ACTIONS = {
 program = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                       help="Films from a clip rebuilt with moving Gabor primitives.")
 
-# %% ../../nbs/05_adagar/11_command_line.ipynb #54c82b2d
+# %% ../../nbs/05_adagar/11_command_line.ipynb #f98802eb
 Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A video file, a GIF, a folder of pictures, or a data name such as clip/bikes.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Film to write, .mp4 or .gif.")]
 Frames = Annotated[int, typer.Option(min=2, help="Frames of the clip that are used, at most.")]
@@ -51,13 +52,13 @@ class _Clip(NamedTuple):
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """What a user got wrong ends the command with one line and code 2."""
-    from papers10.cli import Stop
+    """What a user got wrong becomes a ConfigError: one line and exit code 2."""
+    from papers10.core.config import ConfigError
 
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise Stop(str(error)) from None
+        raise ConfigError(str(error)) from None
 
 
 def _check_out(out: Path) -> None:
@@ -72,6 +73,20 @@ def _check_out(out: Path) -> None:
         need("av", "data", "writing .mp4 files")
 
 
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        from papers10.kernels.common import BackendUnavailable
+
+        raise BackendUnavailable(f"--device: {name} was asked for; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return torch.device(name)
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -82,17 +97,12 @@ def _clip(video: str, out: Path, frames: int, size: int, steps: int, primitives:
         _check_out(out)
         if scene is not None and scene.suffix != ".safetensors":
             raise ValueError(f"--scene: expected a file that ends in .safetensors, got {scene.name}")
-        from papers10.cli import _check_device
-
-        _check_device(device)
-        import torch
-
+        chosen = _device(device)
         from papers10.adagar.initialisation import VideoScene, initialise
         from papers10.adagar.scene import GaborSplats
         from papers10.adagar.training import AdaGaRConfig, AdaGaRTrainer
         from papers10.splat.export import load_scene, save_scene
 
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if scene is not None and scene.exists():
             tensors, metadata = load_scene(scene)
             if "adagar" not in metadata:

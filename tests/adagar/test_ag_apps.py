@@ -8,6 +8,7 @@ import torch
 from papers10.adagar import app, apps
 from papers10.adagar.interpolation import disc_clip
 from papers10.adagar.scene import GaborSplats
+from papers10.kernels.common import BackendUnavailable
 from papers10.splat.cameras import pinhole_cameras
 from papers10.splat.gaussians import Gaussians
 from papers10.splat.metrics import psnr
@@ -337,7 +338,7 @@ def test_an_edit_spreads():
 
 
 def test_the_program(tmp_path, capsys, monkeypatch):
-    from papers10.cli import Stop
+    from papers10.core.config import ConfigError
     from papers10.core.media import read_video, write_video
 
     monkeypatch.chdir(tmp_path)
@@ -353,6 +354,10 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     for line, words in (("depth clip.gif --out x.avi", "--out"), ("depth clip.gif --out nowhere/x.gif", "folder"), ("depth none.gif --out x.gif", "none.gif"), ("depth clip.gif --cmap viridi --out x.gif", "--cmap"),
                         ("stereo clip.gif --show both --out x.gif", "--show"), ("edit clip.gif scale --out x.gif", "--factor"), ("edit clip.gif delete --factor 2 --out x.gif", "--factor"),
                         ("edit clip.gif translate --offset 1,2 --out x.gif", "--offset"), ("depth other.gif --out x.gif --scene kept.safetensors", "scene of clip.gif")):
-        with pytest.raises(Stop, match=words) as stop:
+        with pytest.raises(ConfigError, match=words):
             app.main(line.split())
-        assert stop.value.code == 2
+    with pytest.raises(ConfigError, match="--device"):
+        app.main(["depth", "clip.gif", "--out", "x.gif", "--device", "gpu"])
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable, match="0 GPUs"):
+            app.main(["depth", "clip.gif", "--out", "x.gif", "--device", "cuda"])
