@@ -22,8 +22,15 @@ __all__ = ['rasterize_gabor', 'ste_clamp01', 'spectral_waves', 'initial_waves', 
 # %% ../../nbs/05_adagar/api.ipynb #51c58a59
 from ..core.optional import lazy_names
 
-# %% ../../nbs/05_adagar/api.ipynb #f9211fa3
+# %% ../../nbs/05_adagar/api.ipynb #621fd2c8
+def _named_for_its_readers():
+    from papers10.kernels.rasterize import rasterize
+
+    return (rasterize,)
+
+
 _HOME = {
+    _named_for_its_readers: ("rasterize_gabor",),
     ".gabor": ("ste_clamp01", "spectral_waves", "initial_waves"),
     ".images": ("fit_image", "compare_images", "ImagePrimitives"),
     ".trajectories": ("random_paths", "trajectory_errors"),
@@ -47,13 +54,7 @@ _HOME = {
     "..splat.export": ("save_ply", "load_ply", "save_scene", "load_scene"),
     "..splat.viewer": ("show", "static_page"),
 }
-_find, __dir__ = lazy_names("papers10.adagar", _HOME)
-
-
-def __getattr__(name: str):
-    return _find("rasterize" if name == "rasterize_gabor" else name)
-
-
+__getattr__, __dir__ = lazy_names("papers10.adagar", _HOME)
 _all_ = ["rasterize_gabor", "ste_clamp01", "spectral_waves", "initial_waves", "fit_image", "compare_images", "ImagePrimitives", "random_paths",
          "trajectory_errors", "GaborSplats", "DefaultGaborStrategy", "MCMCGaborStrategy", "split_rows", "relocated", "apply_to_optimizers", "apply_to_state",
          "VideoScene", "initialise", "AdaGaRConfig", "AdaGaRTrainer", "TrainResult", "objective", "evaluate_frames", "disc_clip", "interpolation_run",
