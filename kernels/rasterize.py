@@ -1089,7 +1089,7 @@ def _check_values(packed: _Packed) -> None:
         if name == "opacities" and (low < 0 or high > 1):
             raise ValueError(f"opacities: expected numbers in [0, 1], got {float(low):.6g}..{float(high):.6g}")
 
-# %% ../nbs/kernels/rasterize.ipynb #a5611193
+# %% ../nbs/kernels/rasterize.ipynb #e8a816d5
 def _case_inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict:
     n, count, width, height = case["N"], case["F"], case["width"], case["height"]
     uniform = lambda *shape: torch.rand(*case.get("lead", []), *shape, generator=generator)
@@ -1178,7 +1178,7 @@ SPEC = register(KernelSpec(
     peers={"taichi-splatting": _peer_taichi},
     cases=[_case(20, 0, 33, 20), _case(20, 2, 33, 20), _case(12, 1, 16, 16, phases=True, C=1), _case(8, 3, 17, 9, lead=[2], C=5), _case(0, 2, 9, 7),
            _case(1, 0, 1, 1), _case(40, 2, 33, 20, dtype="float64"), _case(10, 2, 20, 17, layout="strided")],
-    bench_cases=[_case(2000, count, 256, 256) for count in (0, 2)] + [_case(n, 2, 256, 256) for n in (500, 8000)],
+    bench_cases=[_case(2000, count, 256, 256) for count in (0, 2)] + [_case(200, 2, 96, 96), *(_case(n, 2, 256, 256) for n in (500, 8000))],
     make_inputs=_case_inputs,
     limit=_limit,
     entries=_entries(),
