@@ -23,7 +23,7 @@ from ..core.checks import check_choice, check_range, check_shape
 from ..core.random import generator as stream
 from ..splat.motion import fit_tracks, motion_matrix
 
-# %% ../../nbs/05_adagar/03_motion.ipynb #66c66ae4
+# %% ../../nbs/05_adagar/03_motion.ipynb #bd508f91
 PATHS = ("smooth", "bounce", "stop_and_go")
 
 
@@ -62,9 +62,10 @@ def observe(
     """What a tracker reports of `paths`: (positions with Gaussian noise, visible).
 
     Every `stride`-th frame is seen, but for `gap` frames in a row at a random place, at least `gap` from the ends.
-    Raises ValueError for a clip of less than 3 × `gap` frames.
+    Raises ValueError for another shape or a clip of less than 3 × `gap` frames.
     """
-    n, frames, _ = check_shape("paths", paths, "n frames 2", {"n": len(paths), "frames": paths.shape[1], "2": 2}).values()
+    dims = check_shape("paths", paths, "n frames 2")
+    n, frames = dims["n"], dims["frames"]
     check_range("noise", noise, 0.0)
     check_range("stride", stride, 1)
     check_range("gap", gap, 0, frames // 3)
@@ -73,7 +74,7 @@ def observe(
     first = torch.randint(gap, frames - 2 * gap + 1, (n, 1), generator=generator)
     return noisy, (frame % stride == 0) & ((frame < first) | (frame >= first + gap))
 
-# %% ../../nbs/05_adagar/03_motion.ipynb #c8f043e9
+# %% ../../nbs/05_adagar/03_motion.ipynb #b3f83a06
 SWEEP_SEEDS = (100, 101, 102)
 SIZES = {
     "polynomial": (4, 6, 8, 10, 12),
@@ -135,6 +136,15 @@ def _clips(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return paths, *observe(paths, random)
 
 
+def _interpolate(reported: Tensor, visible: Tensor) -> Tensor:
+    """Straight lines between the visible rows of `reported` [T, 2]."""
+    seen, frames = visible.nonzero()[:, 0], torch.arange(len(reported))
+    right = torch.searchsorted(seen, frames).clamp(1, len(seen) - 1)
+    before, after = seen[right - 1], seen[right]
+    share = (frames - before) / (after - before)
+    return torch.lerp(reported[before], reported[after], share[:, None].to(reported))
+
+
 def setting_error(kind: str, setting: Setting, seed: int) -> float:
     """Root mean square distance to the true path over unreported frames, 40 paths of `kind` drawn with `seed`.
 
@@ -143,13 +153,7 @@ def setting_error(kind: str, setting: Setting, seed: int) -> float:
     paths, reported, visible = _clips(check_choice("kind", kind, PATHS), seed)
     t = torch.linspace(0, 1, paths.shape[1], dtype=torch.float64)
     if setting.basis == "interpolation":
-        found = torch.stack([motion_matrix("linear", t, 2) @ one[[0, -1]] for one in reported])
-        for one, seen, path in zip(reported, visible, found):
-            index = seen.nonzero()[:, 0]
-            right = torch.searchsorted(index, torch.arange(len(t))).clamp(1, len(index) - 1)
-            before, after = index[right - 1], index[right]
-            share = (torch.arange(len(t)) - before) / (after - before)
-            path[:] = torch.lerp(one[before], one[after], share[:, None].to(one))
+        found = torch.stack([_interpolate(one, seen) for one, seen in zip(reported, visible)])
     else:
         form = "discrete" if setting.basis == "linear" else "integral"
         try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from papers10.adagar.trajectories import METHODS, PATHS, observe, random_paths, trajectory_errors
+from papers10.adagar.trajectories import METHODS, PATHS, _interpolate, observe, random_paths, trajectory_errors
 
 
 @pytest.mark.parametrize("kind", PATHS)
@@ -38,3 +38,22 @@ def test_tuned_rows_refuse_the_seeds_they_were_tuned_on():
     tuned = next(name for name in METHODS if "any size" in name)
     with pytest.raises(ValueError, match="seed"):
         trajectory_errors("smooth", tuned, 100)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g: observe(torch.ones(2, 49, 3), g), "paths: expected"),
+        (lambda g: observe(torch.ones(2, 20, 2), g), "gap: expected"),
+        (lambda g: random_paths("smooth", 0, 49, g), "n: expected"),
+    ],
+)
+def test_observation_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.Generator())
+
+
+def test_interpolation_is_exact_on_straight_lines():
+    line = torch.linspace(0, 1, 49, dtype=torch.float64)[:, None] * torch.tensor([1.0, -2.0], dtype=torch.float64)
+    seen, visible = observe(line[None], torch.Generator().manual_seed(2), noise=0.0)
+    torch.testing.assert_close(_interpolate(seen[0], visible[0]), line)
