@@ -363,7 +363,7 @@ def _backward_torch(tensors, backgrounds, settings, end, last, grad, grad_end, a
             magnitude.index_add_(0, ids, torch.stack([pull_x.abs().sum((2, 3)), pull_y.abs().sum((2, 3))], -1).flatten(0, 1))
     return (*out, magnitude)
 
-# %% ../nbs/kernels/rasterize.ipynb #027dfb12
+# %% ../nbs/kernels/rasterize.ipynb #caa247b2
 @functools.cache
 def _compiled_loops():
     """The two numba functions (forward, backward), compiled at the first call and cached on disk."""
@@ -383,19 +383,41 @@ def _compiled_loops():
         half = math.sqrt(square)
         return max(low, int(math.ceil(u + middle - half - 0.5))), min(high - 1, int(math.floor(u + middle + half - 0.5)))
 
+    @register_jitable
+    def tile_box(number, width, height, tile):
+        """Image of a tile, and its first and last-plus-one row and column."""
+        columns, lines = -(-width // tile), -(-height // tile)
+        image, local = number // (columns * lines), number % (columns * lines)
+        top, left = (local // columns) * tile, (local % columns) * tile
+        return image, top, min(top + tile, height), left, min(left + tile, width)
+
+    @register_jitable
+    def rows_reached(a, b, c, reach, v, top, bottom):
+        """First and last row with a pixel of the ellipse, a quarter of a pixel wider than exact."""
+        if not reach < 1e30:
+            return top, bottom - 1
+        tall = math.sqrt(reach * a / (a * c - b * b)) + 0.25
+        return max(top, int(math.ceil(v - tall - 0.5))), min(bottom - 1, int(math.floor(v + tall - 0.5)))
+
+    @register_jitable
+    def start_waves(waves, phases, i, dx, dy, cosine, sine):
+        """Cosine and sine of every wave of primitive i at an offset."""
+        for f in range(waves.shape[1]):
+            angle = waves[i, f, 0] * dx + waves[i, f, 1] * dy
+            if phases.shape[1] > 0:
+                angle += phases[i, f]
+            cosine[f], sine[f] = math.cos(angle), math.sin(angle)
+
     options = {"parallel": True, "nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "arcp", "nsz"}}
 
     @njit(**options)
     def forward(means, conics, opacities, colors, waves, weights, bias, phases, offsets, pairs, reach, backgrounds, width, height, tile,
                 alpha_min, alpha_max, t_min, recurrence, render, end, last):
-        columns, lines = -(-width // tile), -(-height // tile)
-        channels, count, shifted = colors.shape[1], waves.shape[1], phases.shape[1] > 0
+        channels, count = colors.shape[1], waves.shape[1]
         one = means.dtype.type(1)
         half_one = means.dtype.type(0.5)
         for number in prange(offsets.shape[0] - 1):
-            image, local = number // (columns * lines), number % (columns * lines)
-            top, left = (local // columns) * tile, (local % columns) * tile
-            bottom, right = min(top + tile, height), min(left + tile, width)
+            image, top, bottom, left, right = tile_box(number, width, height, tile)
             light = np.ones((tile, tile), dtype=means.dtype)
             done = np.zeros((tile, tile), dtype=np.uint8)
             cosine, sine = np.empty(count, dtype=means.dtype), np.empty(count, dtype=means.dtype)
@@ -408,11 +430,7 @@ def _compiled_loops():
                 i = pairs[place]
                 u, v, a, b, c, o = means[i, 0], means[i, 1], conics[i, 0], conics[i, 1], conics[i, 2], opacities[i]
                 up_to = reach[i]
-                first_y, last_y = top, bottom - 1
-                if up_to < 1e30:
-                    tall = math.sqrt(up_to * a / (a * c - b * b)) + half_one * half_one
-                    first_y = max(top, int(math.ceil(v - tall - half_one)))
-                    last_y = min(bottom - 1, int(math.floor(v + tall - half_one)))
+                first_y, last_y = rows_reached(a, b, c, up_to, v, top, bottom)
                 step = math.exp(-a)
                 for f in range(count):
                     turn_c[f], turn_s[f] = math.cos(waves[i, f, 0]), math.sin(waves[i, f, 0])
@@ -424,11 +442,7 @@ def _compiled_loops():
                     dx = low + half_one - u
                     envelope = math.exp(min(-half_one * (a * dx * dx + c * dy * dy) - b * dx * dy, 0 * one))
                     ratio = math.exp(-a * (dx + half_one) - b * dy) if recurrence else one
-                    for f in range(count):
-                        angle = waves[i, f, 0] * dx + waves[i, f, 1] * dy
-                        if shifted:
-                            angle += phases[i, f]
-                        cosine[f], sine[f] = math.cos(angle), math.sin(angle)
+                    start_waves(waves, phases, i, dx, dy, cosine, sine)
                     for x in range(low, high + 1):
                         if not recurrence and x > low:
                             dx = x + half_one - u
@@ -470,14 +484,11 @@ def _compiled_loops():
     def backward(means, conics, opacities, colors, waves, weights, bias, phases, offsets, pairs, reach, width, height, tile,
                  alpha_min, alpha_max, recurrence, end, last, grad, behind, absolute, out):
         # A row of `out`: u, v | xx, xy, yy | opacity | channels | bias | per wave: x, y, weight, phase | |u|, |v|.
-        columns, lines = -(-width // tile), -(-height // tile)
-        channels, count, shifted = colors.shape[1], waves.shape[1], phases.shape[1] > 0
+        channels, count = colors.shape[1], waves.shape[1]
         one = means.dtype.type(1)
         half_one = means.dtype.type(0.5)
         for number in prange(offsets.shape[0] - 1):
-            image, local = number // (columns * lines), number % (columns * lines)
-            top, left = (local // columns) * tile, (local % columns) * tile
-            bottom, right = min(top + tile, height), min(left + tile, width)
+            image, top, bottom, left, right = tile_box(number, width, height, tile)
             light, rest = np.empty((tile, tile), dtype=means.dtype), np.empty((tile, tile), dtype=means.dtype)
             cosine, sine = np.empty(count, dtype=means.dtype), np.empty(count, dtype=means.dtype)
             turn_c, turn_s = np.empty(count, dtype=means.dtype), np.empty(count, dtype=means.dtype)
@@ -492,11 +503,7 @@ def _compiled_loops():
                 i = pairs[place]
                 u, v, a, b, c, o = means[i, 0], means[i, 1], conics[i, 0], conics[i, 1], conics[i, 2], opacities[i]
                 up_to = reach[i]
-                first_y, last_y = top, bottom - 1
-                if up_to < 1e30:
-                    tall = math.sqrt(up_to * a / (a * c - b * b)) + half_one * half_one
-                    first_y = max(top, int(math.ceil(v - tall - half_one)))
-                    last_y = min(bottom - 1, int(math.floor(v + tall - half_one)))
+                first_y, last_y = rows_reached(a, b, c, up_to, v, top, bottom)
                 step = math.exp(-a)
                 for f in range(count):
                     turn_c[f], turn_s[f] = math.cos(waves[i, f, 0]), math.sin(waves[i, f, 0])
@@ -510,12 +517,9 @@ def _compiled_loops():
                     dx = low + half_one - u
                     envelope = math.exp(min(-half_one * (a * dx * dx + c * dy * dy) - b * dx * dy, 0 * one))
                     ratio = math.exp(-a * (dx + half_one) - b * dy) if recurrence else one
-                    for f in range(count):
-                        angle = waves[i, f, 0] * dx + waves[i, f, 1] * dy
-                        if shifted:
-                            angle += phases[i, f]
-                        cosine[f], sine[f] = math.cos(angle), math.sin(angle)
-                        row_s[f], row_sx[f] = 0 * one, 0 * one
+                    start_waves(waves, phases, i, dx, dy, cosine, sine)
+                    row_s[:] = 0
+                    row_sx[:] = 0
                     row_0, row_1, row_2 = 0 * one, 0 * one, 0 * one
                     for x in range(low, high + 1):
                         dx = x + half_one - u
@@ -895,7 +899,7 @@ def _backward_triton(tensors, backgrounds, settings, end, last, grad, grad_end, 
     sums = _pair_rows_triton(pairs, rows, primitives) if deterministic else rows
     return _split_rows(_from_moments(sums, tensors, absolute), channels, count, phases.shape[1] > 0, absolute)
 
-# %% ../nbs/kernels/rasterize.ipynb #394c4a8a
+# %% ../nbs/kernels/rasterize.ipynb #cafe7810
 def gsplat_alpha_max() -> float:
     """The largest opacity that the installed gsplat lets through: 0.99 where it says so, 0.999 in the versions before (1.5.3)."""
     import importlib
@@ -914,7 +918,8 @@ def _gsplat_pixels(packed: _Packed, operands: tuple, lists: _Lists, absgrad: boo
     columns, lines = -(-width // tile), -(-height // tile)
     # Only depths above zero keep their order as the integers that gsplat sorts.
     depths = packed.primitives[4].detach()
-    depths = depths - depths.min() + 1 if depths.numel() else depths
+    shown = (lists.radii > 0).all(-1)
+    depths = depths.clamp(depths[shown].min(), depths[shown].max()) - depths[shown].min() + 1 if bool(shown.any()) else torch.ones_like(depths)
     _, keys, ids = isect_tiles(means.detach(), lists.radii, depths, tile, columns, lines, packed=True, n_images=packed.images,
                                image_ids=packed.image_ids, gaussian_ids=torch.arange(means.shape[0], device=means.device))
     offsets = isect_offset_encode(keys, packed.images, columns, lines)
@@ -926,7 +931,7 @@ def _gsplat_pixels(packed: _Packed, operands: tuple, lists: _Lists, absgrad: boo
     render, alpha = rasterize_to_pixels(means, conics, colors, opacities, width, height, tile, offsets, ids, packed=True)
     return render + (1 - alpha) * operands[8][:, None, None], 1 - alpha[..., 0]
 
-# %% ../nbs/kernels/rasterize.ipynb #5e08b18f
+# %% ../nbs/kernels/rasterize.ipynb #7eca57e1
 @torch.library.custom_op(op_name("rasterize", __name__), mutates_args=())
 def _shade(means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, waves: Tensor, weights: Tensor, bias: Tensor, phases: Tensor,
            backgrounds: Tensor, probe: Tensor, offsets: Tensor, pairs: Tensor, reach: Tensor, width: int, height: int, tile: int,
@@ -1011,7 +1016,8 @@ def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"
             Without them leading dimensions are images; all arguments but means2d may lack them (they broadcast).
         tile_size: pixels, 1 to 64; a power of two up to 32 for Triton. alpha_min: weaker contributions are skipped. alpha_max: below 1. t_min: a pixel ends before its transmittance falls to it.
         absgrad: after backward, `meta["means2d"].absgrad` holds the sum over pixels of the absolute gradient of the centres.
-        deterministic: sum gradients in a fixed order; False allows atomic additions on a graphics card.
+        deterministic: sum gradients in a fixed order, on a processor and in Triton; False allows atomic additions. On a graphics card the torch path and gsplat's own
+            kernel always use them.
         check: look for NaN, infinities and opacities outside [0, 1] (one pass over the inputs).
         backend: auto, reference, torch, numba, triton or gsplat.
 
@@ -1039,12 +1045,14 @@ def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"
         raise BackendUnavailable(f"backend='gsplat' needs tensors on a CUDA device, got {means2d.device}: move them or use backend='auto'")
     if (chosen == "triton" or chosen == "gsplat" and (absgrad or packed.primitives[5] is not None)) and tile_size not in _TRITON_TILES:
         raise ValueError(f"tile_size: expected a power of two up to 32 for backend={chosen!r}, got {tile_size}")
+    lists = _tile_lists(packed, width, height, tile_size, alpha_min)
     if chosen == "reference":
+        if absgrad:
+            raise ValueError("absgrad: expected False for backend='reference', whose gradient is autograd's own, got True")
         render, alpha = rasterize_reference(means2d, conics, opacities, colors, depths, width, height, waves=waves, wave_weights=wave_weights,
                                             wave_bias=wave_bias, wave_phases=wave_phases, backgrounds=backgrounds, image_ids=image_ids,
                                             num_images=num_images, alpha_min=alpha_min, alpha_max=alpha_max, t_min=t_min)
-        return render, alpha, {"means2d": means2d, "backend": chosen}
-    lists = _tile_lists(packed, width, height, tile_size, alpha_min)
+        return render, alpha, _about(means2d, lists, tile_size, chosen)
     means, conic, opacity, color, _, wave, weight, bias, phase = packed.primitives
     if wave is None:
         wave, weight, bias = means.new_zeros(means.shape[0], 0, 2), means.new_zeros(means.shape[0], 0), means.new_ones(means.shape[0])
@@ -1059,9 +1067,13 @@ def rasterize(means2d: Float[Tensor, "... N 2"], conics: Float[Tensor, "... N 3"
         render, end = _gsplat_pixels(packed, operands, lists, absgrad)
     else:
         render, end, _ = _shade(*operands, chosen)
-    meta = {"means2d": means2d, "radii": lists.radii, "offsets": lists.offsets, "pairs": lists.pairs, "num_pairs": lists.pairs.shape[0],
-            "n_degenerate": lists.degenerate, "tile_size": tile_size, "backend": chosen}
+    meta = _about(means2d, lists, tile_size, chosen)
     return render.reshape(*packed.lead, height, width, color.shape[-1]), (1 - end).reshape(*packed.lead, height, width, 1), meta
+
+
+def _about(means2d: Tensor, lists: _Lists, tile_size: int, backend: str) -> dict[str, Any]:
+    return {"means2d": means2d, "radii": lists.radii, "offsets": lists.offsets, "pairs": lists.pairs, "num_pairs": lists.pairs.shape[0],
+            "n_degenerate": lists.degenerate, "tile_size": tile_size, "backend": backend}
 
 
 def _probe(means2d: Tensor, packed: _Packed) -> Tensor:

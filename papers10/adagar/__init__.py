@@ -6,9 +6,9 @@ Docs: https://papers10.github.io/papers10/05_adagar/api.html.md"""
 
 # %% auto #0
 __all__ = ['rasterize_gabor', 'ste_clamp01', 'spectral_waves', 'initial_waves', 'fit_image', 'compare_images', 'ImagePrimitives',
-           'random_paths', 'trajectory_errors', 'GaborSplats', 'DefaultGaborStrategy', 'MCMCGaborStrategy',
-           'split_rows', 'relocated', 'apply_to_optimizers', 'apply_to_state', 'VideoScene', 'initialise',
-           'AdaGaRConfig', 'AdaGaRTrainer', 'TrainResult', 'objective', 'evaluate_frames', 'disc_clip',
+           'random_paths', 'trajectory_errors', 'GaborSplats', 'curvature_loss', 'DefaultGaborStrategy',
+           'MCMCGaborStrategy', 'split_rows', 'relocated', 'apply_to_optimizers', 'apply_to_state', 'VideoScene',
+           'initialise', 'AdaGaRConfig', 'AdaGaRTrainer', 'TrainResult', 'objective', 'evaluate_frames', 'disc_clip',
            'interpolation_run', 'load_clip', 'clip_run', 'interpolate', 'depth_video', 'edit_appearance',
            'edit_objects', 'stereo', 'anaglyph', 'side_by_side', 'track_points', 'novel_view', 'tapvid_davis',
            'reconstruct_clip', 'bench_specs', 'cost_model', 'rasterize', 'Cameras', 'ortho_cameras', 'pinhole_cameras',
@@ -22,7 +22,7 @@ __all__ = ['rasterize_gabor', 'ste_clamp01', 'spectral_waves', 'initial_waves', 
 # %% ../../nbs/05_adagar/api.ipynb #51c58a59
 from ..core.optional import lazy_names
 
-# %% ../../nbs/05_adagar/api.ipynb #621fd2c8
+# %% ../../nbs/05_adagar/api.ipynb #b5b505a5
 def _named_for_its_readers():
     from papers10.kernels.rasterize import rasterize
 
@@ -34,7 +34,7 @@ _HOME = {
     ".gabor": ("ste_clamp01", "spectral_waves", "initial_waves"),
     ".images": ("fit_image", "compare_images", "ImagePrimitives"),
     ".trajectories": ("random_paths", "trajectory_errors"),
-    ".scene": ("GaborSplats", "DefaultGaborStrategy", "MCMCGaborStrategy", "split_rows", "relocated", "apply_to_optimizers", "apply_to_state"),
+    ".scene": ("GaborSplats", "curvature_loss", "DefaultGaborStrategy", "MCMCGaborStrategy", "split_rows", "relocated", "apply_to_optimizers", "apply_to_state"),
     ".initialisation": ("VideoScene", "initialise"),
     ".training": ("AdaGaRConfig", "AdaGaRTrainer", "TrainResult", "objective", "evaluate_frames"),
     ".interpolation": ("disc_clip", "interpolation_run"),
@@ -56,7 +56,7 @@ _HOME = {
 }
 __getattr__, __dir__ = lazy_names("papers10.adagar", _HOME)
 _all_ = ["rasterize_gabor", "ste_clamp01", "spectral_waves", "initial_waves", "fit_image", "compare_images", "ImagePrimitives", "random_paths",
-         "trajectory_errors", "GaborSplats", "DefaultGaborStrategy", "MCMCGaborStrategy", "split_rows", "relocated", "apply_to_optimizers", "apply_to_state",
+         "trajectory_errors", "GaborSplats", "curvature_loss", "DefaultGaborStrategy", "MCMCGaborStrategy", "split_rows", "relocated", "apply_to_optimizers", "apply_to_state",
          "VideoScene", "initialise", "AdaGaRConfig", "AdaGaRTrainer", "TrainResult", "objective", "evaluate_frames", "disc_clip", "interpolation_run",
          "load_clip", "clip_run", "interpolate", "depth_video", "edit_appearance", "edit_objects", "stereo", "anaglyph", "side_by_side", "track_points",
          "novel_view", "tapvid_davis", "reconstruct_clip", "bench_specs", "cost_model", "rasterize", "Cameras", "ortho_cameras", "pinhole_cameras",

@@ -46,7 +46,7 @@ def test_picture(name: str, size: int = 48) -> Float[Tensor, "size size 3"]:
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top:top + size, left:left + size].float() / 255
 
-# %% ../../nbs/05_adagar/02_images.ipynb #3245b745
+# %% ../../nbs/05_adagar/02_images.ipynb #73345b20
 class ImagePrimitives(nn.Module):
     """`n` two-dimensional primitives with `n_waves` waves each; calling it gives the picture [H, W, 3].
 
@@ -72,11 +72,12 @@ class ImagePrimitives(nn.Module):
         self.log_scales = nn.Parameter(torch.full((n, 2), math.log(0.5 * math.sqrt(self.width * self.height / n))))
         self.angles = nn.Parameter(math.pi * torch.rand(n, generator=random))
         pixels = places.long()
-        self.colors = nn.Parameter(image[pixels[:, 1], pixels[:, 0]].clamp(0.02, 0.98).logit())
+        self.colors = nn.Parameter(image.cpu()[pixels[:, 1], pixels[:, 0]].clamp(0.02, 0.98).logit())
         self.opacities = nn.Parameter(torch.zeros(n))
-        waves, weights = initial_waves(n_waves, n, start=wave_start, image=image, xy=places, to_pixels=self.to_pixels().detach(), seed=seed)
+        waves, weights = initial_waves(n_waves, n, start=wave_start, image=image.cpu(), xy=places, to_pixels=self.to_pixels().detach(), seed=seed)
         self.waves = nn.Parameter(waves[..., :2].clone())
         self.wave_weights = nn.Parameter(weights)
+        self.to(image.device)
 
     def to_pixels(self) -> Float[Tensor, "n 2 3"]:
         """Maps from round coordinates to pixels; the third axis points at the viewer."""

@@ -88,9 +88,9 @@ def disc_clip(frames: int = 17, size: int = 48, *, points: int = 60, occluder: b
     scene = VideoScene.from_array(torch.stack(pictures).float(), depth=torch.stack(depths).float(), tracks=tracks.float(), visibility=visible, masks=torch.stack(masks))
     return DiscClip(scene, torch.stack(hidden).float())
 
-# %% ../../nbs/05_adagar/07_interpolation.ipynb #e815cd08
+# %% ../../nbs/05_adagar/07_interpolation.ipynb #2e843780
 class MotionArm(NamedTuple):
-    """One setting: motion and coefficients a coordinate; lambda_curv of training; lam of the fit to the tracks; waves; rate factor of the knots."""
+    """One setting: motion and coefficients a coordinate; lambda_curv of training; lam of the fit to the tracks; waves and where they start."""
 
     motion: str
     n_knots: int
@@ -104,7 +104,7 @@ def motion_arms(frames: int = 17) -> dict[str, MotionArm]:
     """The settings of the comparison by name, for a clip of `frames` frames."""
     half = (frames + 1) // 2
     return {
-        "linear": MotionArm("linear", half), "cubic": MotionArm("cubic", half), "poly_fourier": MotionArm("poly_fourier", 12), "poly_fourier_curv": MotionArm("poly_fourier", 12, 1.0, 1e-5),
+        "linear": MotionArm("linear", half), "cubic": MotionArm("cubic", half), "cubic_curv": MotionArm("cubic", frames, 1.0, 1e-5), "poly_fourier": MotionArm("poly_fourier", 12), "poly_fourier_curv": MotionArm("poly_fourier", 12, 1.0, 1e-5),
         "hermite": MotionArm("hermite", half), "hermite_curv": MotionArm("hermite", frames, 1.0, 1e-5), "hermite_dense": MotionArm("hermite", frames),
         "hermite_weak": MotionArm("hermite", frames, 0.1, 1e-6), "hermite_strong": MotionArm("hermite", frames, 100.0, 1e-3),
         "gabor": MotionArm("hermite", half, n_waves=2), "gabor_curv": MotionArm("hermite", frames, 1.0, 1e-5, 2),

@@ -26,13 +26,13 @@ from ..splat.cameras import project_points
 from ..splat.losses import arap_loss, mask_loss, neighbours, photometric_loss, ssi_depth_loss, ssim, track_loss
 from ..splat.metrics import psnr
 
-# %% ../../nbs/05_adagar/06_training.ipynb #e57a8977
+# %% ../../nbs/05_adagar/06_training.ipynb #d4f5ffeb
 class AdaGaRConfig(Config):
     """Everything that decides a training, with SaV's weights and rates where they are known.
 
     steps; frames_per_step: pictures a step. lambda_*: weights of the terms; ssim_weight: share of SSIM in rgb. lr_*: rates of Adam in scene units (a unit is half the
     picture's height), `lr_decay`: factor that rates of places and knots reach at the end, exponentially; the others keep theirs. rotation_curvature: weight of rotations in the
-    curvature. strategy: "none", "default" or "mcmc" with refine_start, refine_stop, refine_every, reset_every, grow_grad2d, n_max. save_every: steps between checkpoints (0: none). max_seconds: stop after this time; a later run goes on.
+    curvature. strategy: "none", "default" or "mcmc" with refine_start, refine_stop, refine_every, reset_every, grow_grad2d, n_max; absgrad: growth by absolute gradients. save_every: steps between checkpoints (0: none). max_seconds: stop after this time; a later run goes on.
     background: colour behind everything. backend, deterministic: of the rasterizer. seed: of frames and growth.
     """
 
@@ -63,6 +63,7 @@ class AdaGaRConfig(Config):
     refine_every: int = 100
     reset_every: int = 3000
     grow_grad2d: float = 2e-4
+    absgrad: bool = False
     n_max: int = 500_000
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
     save_every: int = 0
@@ -108,7 +109,7 @@ class FrameSampler:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/05_adagar/06_training.ipynb #a3d077b7
+# %% ../../nbs/05_adagar/06_training.ipynb #01b54b90
 def _bilinear(image: Float[Tensor, "H W C"], xy: Float[Tensor, "n 2"]) -> Float[Tensor, "n C"]:
     height, width = image.shape[:2]
     place = xy / xy.new_tensor([width, height]) * 2 - 1
@@ -139,7 +140,7 @@ def objective(model: GaborSplats, scene: VideoScene, frames: Tensor, partners: T
         pixels = torch.stack([project_points(points, model.cameras(width, height))[0][0] for points in targets])
         extra["target"] = pixels / max(height, width)
         channels.append("target")
-    view = model.render(times, width, height, channels=tuple(channels), extra=extra, backgrounds=torch.tensor(config.background).to(model.means), absgrad=False,
+    view = model.render(times, width, height, channels=tuple(channels), extra=extra, backgrounds=torch.tensor(config.background).to(model.means), absgrad=config.absgrad,
                         deterministic=config.deterministic, backend=config.backend, check=False)
     truth = scene.frames[frames]
     terms = {"rgb": config.lambda_rgb * photometric_loss(view.color, truth, ssim_weight=config.ssim_weight)}
@@ -164,7 +165,7 @@ def objective(model: GaborSplats, scene: VideoScene, frames: Tensor, partners: T
     terms["loss"] = sum(terms.values())
     return terms, view.meta
 
-# %% ../../nbs/05_adagar/06_training.ipynb #64a67ecc
+# %% ../../nbs/05_adagar/06_training.ipynb #ebf0aa39
 class TrainResult(NamedTuple):
     """Fields: model; history of `core.loop`; seconds; frames: PSNR and SSIM of each frame with its split."""
 
@@ -228,7 +229,8 @@ class AdaGaRTrainer:
         config = self.config
         shared = {"refine_start": config.refine_start, "refine_stop": config.refine_stop, "refine_every": config.refine_every, "seed": config.seed}
         if config.strategy == "default":
-            return DefaultGaborStrategy(grow_grad2d=config.grow_grad2d, reset_every=config.reset_every, n_max=config.n_max, **shared)
+            return DefaultGaborStrategy(grow_grad2d=config.grow_grad2d, reset_every=config.reset_every, n_max=config.n_max, absgrad=config.absgrad,
+                                        turn_offsets=self.model.options["motion"] != "poly_fourier", **shared)
         return MCMCGaborStrategy(config.n_max, **shared) if config.strategy == "mcmc" else None
 
     def fit(self, *, run=None, name: str = "adagar", folder=None, hooks: Sequence[Callable] = ()) -> TrainResult:
@@ -260,13 +262,13 @@ class AdaGaRTrainer:
                     "gaussian_share": float((state.model.mean_weights() < 0.02).float().mean()) if len(state.model) else 0.0, "pairs": seen["info"]["num_pairs"]}
 
         def after(state):
+            if isinstance(self.strategy, MCMCGaborStrategy) and state.step < config.refine_stop:
+                self.strategy.perturb(state.model.params(), state.step, 1.6e-4 * state.optimizer.param_groups[0]["lr"] / config.lr_means)
             state.model.clamp_()
-            if self.strategy is None:
+            if self.strategy is None or state.step > config.refine_stop:
                 return
             params = state.model.params()
             self.strategy.accumulate(statistics, seen["info"])
-            if isinstance(self.strategy, MCMCGaborStrategy) and state.step < config.refine_stop:
-                self.strategy.perturb(params, state.step, state.optimizer.param_groups[0]["lr"])
             change = self.strategy.decide(params, statistics, state.step)
             if change is not None:
                 apply_to_state(change, state)

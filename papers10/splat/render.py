@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/render.html.md"""
 __all__ = ['WAVE_SPACES', 'DEPTHS', 'Projected', 'project_gaussians', 'sh_basis', 'sh_colors', 'Rendering', 'render',
            'rasterization']
 
-# %% ../../nbs/shared/splat/render.ipynb #6abca92b
+# %% ../../nbs/shared/splat/render.ipynb #cfb6b529
 import inspect
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ..kernels.rasterize import rasterize
 from .cameras import Cameras
 from .gaussians import Gaussians
 from .rotations import quat_to_matrix
-from .waves import energy_bias, project_waves
+from .waves import ENERGY_MODES, energy_bias, project_waves
 
 WAVE_SPACES = ("local3d", "local2d")
 DEPTHS = ("expected", "accumulated")
@@ -129,7 +129,7 @@ def sh_colors(sh: Float[Tensor, "*batch N K 3"], means: Float[Tensor, "*batch N 
         directions = torch.nn.functional.normalize(means - eyes[:, None], dim=-1)
     return (torch.einsum("vnk,...nkc->vnc" if sh.dim() == 3 else "vnk,vnkc->vnc", sh_basis(directions, sh.shape[-2]), sh) + 0.5).clamp_min(0)
 
-# %% ../../nbs/shared/splat/render.ipynb #cccf29c2
+# %% ../../nbs/shared/splat/render.ipynb #5f9a28f6
 class Rendering(NamedTuple):
     """Pictures of V views.
 
@@ -164,6 +164,11 @@ def render(gaussians: Gaussians, cameras: Cameras, *, channels: Sequence[str] = 
     check_choice("depth", depth, DEPTHS)
     for name in channels:
         check_choice("channels", name, ("color", "depth", "alpha", *gaussians.extra))
+    check_choice("energy", energy, ENERGY_MODES)
+    check_range("gamma", gamma, 0, 1)
+    if check:
+        gaussians.check()
+        cameras.check()
     views = cameras.count
     if gaussians.means.dim() == 3 and gaussians.means.shape[0] != views:
         raise ValueError(f"gaussians: expected {views} sets for {views} cameras, got {gaussians.means.shape[0]}")
@@ -186,6 +191,8 @@ def render(gaussians: Gaussians, cameras: Cameras, *, channels: Sequence[str] = 
     values = torch.cat(parts, -1)
     behind = None
     if backgrounds is not None and "color" in channels:
+        if backgrounds.dim() not in (1, 2) or backgrounds.shape[-1] != sizes["color"]:
+            raise ValueError(f"backgrounds: expected [{sizes['color']}] or [{views}, {sizes['color']}], got {list(backgrounds.shape)}")
         behind = torch.cat([backgrounds.expand(views, sizes["color"]), values.new_zeros(views, values.shape[-1] - sizes["color"])], -1)
     opacities = torch.where((flat.radii > 0).all(-1), gaussians.opacities.expand(shape), 0.0)
     waved = {}
@@ -201,10 +208,11 @@ def render(gaussians: Gaussians, cameras: Cameras, *, channels: Sequence[str] = 
     distance = found.pop("depth", None)
     if distance is not None and depth == "expected":
         distance = torch.where(alpha > 0, distance / torch.where(alpha > 0, alpha, 1.0), 0.0)
-    meta = {**meta, "radii": flat.radii, "width": cameras.width, "height": cameras.height, "n_cameras": views, "projected": flat}
+    seen = (meta["radii"] > 0).all(-1).reshape(shape)
+    meta = {**meta, "radii": torch.where(seen[..., None], flat.radii, 0), "width": cameras.width, "height": cameras.height, "n_cameras": views, "projected": flat}
     return Rendering(found.pop("color", None), distance, alpha, found, meta)
 
-# %% ../../nbs/shared/splat/render.ipynb #2f3d0587
+# %% ../../nbs/shared/splat/render.ipynb #2677ad2d
 def rasterization(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"], scales: Float[Tensor, "N 3"], opacities: Float[Tensor, "N"], colors: Tensor,
                   viewmats: Float[Tensor, "C 4 4"], Ks: Float[Tensor, "C 3 3"], width: int, height: int, near_plane: float = 0.01, far_plane: float = 1e10,
                   radius_clip: float = 0.0, eps2d: float = 0.3, sh_degree: int | None = None, packed: bool = False, tile_size: int = 16,
@@ -239,7 +247,12 @@ def rasterization(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"], scal
         return gsplat.rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **{name: value for name, value in options.items() if name in known})
     cameras = Cameras(viewmats, Ks, width, height, camera_model).check()
     shaded = {"colors": colors} if sh_degree is None else {"sh": colors[..., :(sh_degree + 1) ** 2, :]}
+    check_choice("energy", energy, ENERGY_MODES)
+    check_range("gamma", gamma, 0, 1)
     gaussians = Gaussians(means, quats, scales, opacities, **shaded, waves=waves3d, wave_weights=wave_weights, wave_phases=wave_phases)
+    if check:
+        # Colours may have a dimension of views that the rest lacks.
+        gaussians.replace(colors=None, sh=means.new_zeros(means.shape[0], 1, 3)).check()
     flat = project_gaussians(gaussians, cameras, near=near_plane, far=far_plane, eps2d=eps2d, antialias=antialias, wave_space=wave_space)
     shape = flat.depths.shape
     shown = (flat.radii > 0).all(-1) & (flat.radii.amax(-1) > radius_clip)

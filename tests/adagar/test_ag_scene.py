@@ -83,6 +83,34 @@ def test_phase_of_a_child_continues_the_stripes():
     torch.testing.assert_close(changes["wave_phases"][:, 0], splats.wave_phases[0, 0] + offset @ wave)
 
 
+def test_child_of_a_turning_primitive_stays_on_its_pattern():
+    splats = model(1, n_waves=1, motion="linear", n_knots=3)
+    with torch.no_grad():
+        splats.rotation_knots.copy_(torch.tensor([[[0.0, 0, 0], [0, 0, 0.9], [0.4, 0, 1.5]]]))
+    rows, changes = split_rows(splats.params(), torch.tensor([0]), random=torch.Generator().manual_seed(1))
+    children = GaborSplats(1, 9, n_waves=1, motion="linear", n_knots=3)
+    children.load_state_dict(splats.state_dict())
+    children.take(rows, changes)
+    for t in (0.0, 0.5, 1.0):
+        parent, child = splats.at(t), children.at(t)
+        from papers10.splat.rotations import quat_conjugate, rotate
+
+        inside = rotate(quat_conjugate(parent.quats).expand(2, 4), child.means - parent.means) / parent.scales
+        torch.testing.assert_close(child.wave_phases[:, 0], parent.wave_phases[0, 0] + inside @ parent.waves[0, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_chosen_by_numbers_or_masks():
+    mask = torch.tensor([True, False, False, True, False, False])
+    for kind in ("prune", "clone", "split"):
+        first, second = model(n_waves=1), model(n_waves=1)
+        getattr(first, kind)(mask)
+        getattr(second, kind)(torch.tensor([0, 3]))
+        assert len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    for wrong in (torch.tensor([7]), torch.tensor([True]), torch.tensor([0.5])):
+        with pytest.raises(ValueError, match="index"):
+            model().prune(wrong)
+
+
 def test_prune_and_empty_scene():
     splats = model()
     splats.prune(torch.ones(6, dtype=torch.bool))

@@ -78,6 +78,21 @@ def test_growth_in_training(strategy):
     assert 20 < len(result.model) <= 26
 
 
+def test_growth_by_absolute_gradients_and_the_dense_path():
+    clip = disc_clip(5, 24, points=10)
+    grown = AdaGaRConfig(steps=8, strategy="default", refine_start=2, refine_every=3, refine_stop=7, reset_every=0, grow_grad2d=1e-6, n_max=26, absgrad=True)
+    assert len(AdaGaRTrainer(clip.scene, grown, initial={"n": 20, "n_waves": 1}).fit().model) > 20
+    dense = AdaGaRTrainer(clip.scene, AdaGaRConfig(steps=2, backend="reference"), initial={"n": 20, "n_waves": 1}).fit()
+    assert math.isfinite(dense.mean("psnr", "train"))
+
+
+def test_noise_of_mcmc_leaves_primitives_in_the_scene():
+    clip = disc_clip(5, 24, points=10)
+    config = AdaGaRConfig(steps=10, strategy="mcmc", refine_start=2, refine_every=3, refine_stop=9, n_max=26)
+    model = AdaGaRTrainer(clip.scene, config, initial={"n": 20, "n_waves": 1}).fit().model
+    assert (model.means[:, 2] >= 0.01).all() and model.means.abs().max() < 10
+
+
 def test_evaluation_names_its_splits():
     clip = disc_clip(5, 24, points=6)
     model = disc_model(clip, MotionArm("hermite", 3), train_frames=[0, 2, 4])
