@@ -207,7 +207,7 @@ def _tile_lists(packed: _Packed, width: int, height: int, tile: int, alpha_min: 
     radii = torch.where(shown[:, None], half, 0.0).ceil().clamp_max(32768).int()
     return _Lists(offsets, ids[by_tile].int(), torch.where(shown, reach, -1.0).to(means2d.dtype), radii, int((~definite).sum()))
 
-# %% ../nbs/kernels/rasterize.ipynb #9f0e415f
+# %% ../nbs/kernels/rasterize.ipynb #c435608d
 _CHUNK = 2**20  # elements a chunk; a test checks that results do not depend on it
 
 
@@ -310,7 +310,7 @@ def _forward_torch(tensors, backgrounds, settings):
 
 def _backward_torch(tensors, backgrounds, settings, end, last, grad, grad_end, absolute):
     means, conics, opacities, colors, waves, weights, bias, phases, offsets, pairs = tensors
-    tile, alpha_min = settings[2], settings[3]
+    tile = settings[2]
     out = [torch.zeros_like(value) for value in (means, conics, opacities, colors, waves, weights, bias, phases)]
     magnitude = torch.zeros_like(means) if absolute else means.new_zeros(0, 2)
     behind = end * ((grad * backgrounds[:, None, None]).sum(-1) + grad_end)

@@ -7,18 +7,17 @@ Docs: https://papers10.github.io/papers10/05_adagar/clip.html.md"""
 # %% auto #0
 __all__ = ['CLIPS', 'load_clip', 'ClipArm', 'parameters_a_primitive', 'clip_arms', 'clip_run', 'disc_init_run']
 
-# %% ../../nbs/05_adagar/08_clip.ipynb #73dfc40a
+# %% ../../nbs/05_adagar/08_clip.ipynb #0db827ed
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from .initialisation import VideoScene, initialise
 from .interpolation import disc_clip
-from .training import AdaGaRConfig, AdaGaRTrainer, TrainResult
+from .training import AdaGaRConfig, AdaGaRTrainer, TrainResult, render_frames
 from ..core.checks import check_choice, check_range
-from ..splat.metrics import detail_psnr, spectrum_error
+from ..splat.metrics import detail_psnr, psnr, spectrum_error
 
 # %% ../../nbs/05_adagar/08_clip.ipynb #360d50e1
 CLIPS = {"bikes": ("clip/bikes", (48, 112), 60), "carphone": ("clip/carphone", (80, 96), 0), "bigbuckbunny": ("clip/bigbuckbunny", (64, 112), 20)}
@@ -38,7 +37,7 @@ def load_clip(name: str, frames: int = 16, *, size: tuple[int, int] | None = Non
     key, own, start = CLIPS[name]
     return VideoScene.from_video(key, max_frames=frames, size=size or own, start=start, tracker="none", masks="none")
 
-# %% ../../nbs/05_adagar/08_clip.ipynb #cda536ea
+# %% ../../nbs/05_adagar/08_clip.ipynb #fcd1f13a
 class ClipArm(NamedTuple):
     """One setting: waves of a primitive, motion, share of the primitives, sampling of the start."""
 
@@ -85,17 +84,16 @@ def clip_run(scene: VideoScene, arm: ClipArm | str, *, n: int = 600, steps: int 
     rates = {name: rate * field.default for name, field in AdaGaRConfig.model_fields.items() if name.startswith("lr_") and name != "lr_decay"}
     config = AdaGaRConfig(**{**rates, "steps": steps, "seed": seed, "backend": backend, **settings})
     marks: dict[str, float] = {}
+    mean = lambda values: sum(values) / len(values)
 
     def mark(state) -> None:
         for name, when in (("early", max(1, steps // 10)), ("middle", max(1, steps // 2))):
             if state.step == when:
-                marks[name] = _mean_psnr(state.model, scene, train, config)
+                shown = render_frames(state.model, scene, train, background=config.background, backend=backend)
+                marks[name] = mean([float(psnr(picture, scene.frames[frame])) for picture, frame in zip(shown, train)])
 
     result = AdaGaRTrainer(scene, config, model, train_frames=train).fit(hooks=[mark])
-    height, width = scene.frames.shape[1:3]
-    with torch.no_grad():
-        pictures = [result.model.render(scene.times[frame:frame + 1], width, height, backend=backend, check=False).color[0].clamp(0, 1) for frame in train]
-    mean = lambda values: sum(values) / len(values)
+    pictures = list(render_frames(result.model, scene, train, background=config.background, backend=backend))
     held = holdout == "odd" and total > 1
     return result, {"train": result.mean("psnr", "train"), "held_out": result.mean("psnr", "held-out") if held else math.nan, "ssim_train": result.mean("ssim", "train"),
                     "ssim_held_out": result.mean("ssim", "held-out") if held else math.nan,
@@ -103,13 +101,6 @@ def clip_run(scene: VideoScene, arm: ClipArm | str, *, n: int = 600, steps: int 
                     "spectrum": mean([float(spectrum_error(picture, scene.frames[frame])) for picture, frame in zip(pictures, train)]),
                     "early": marks.get("early", math.nan), "middle": marks.get("middle", math.nan), "parameters": result.model.num_parameters(),
                     "gaussian_share": float((result.model.mean_weights() < 0.02).float().mean()), "seconds": result.seconds}
-
-
-@torch.no_grad()
-def _mean_psnr(model, scene: VideoScene, frames: Sequence[int], config: AdaGaRConfig) -> float:
-    height, width = scene.frames.shape[1:3]
-    squared = [(model.render(scene.times[frame:frame + 1], width, height, backend=config.backend, check=False).color[0].clamp(0, 1) - scene.frames[frame]).square().mean() for frame in frames]
-    return float(sum(-10 * torch.log10(value.clamp_min(1e-12)) for value in squared) / len(squared))
 
 
 def disc_init_run(sampling: str, *, seed: int = 0, n: int = 120, steps: int = 400, backend: str = "auto", **settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/05_adagar/interpolation.html.md"""
 # %% auto #0
 __all__ = ['DiscClip', 'disc_clip', 'MotionArm', 'motion_arms', 'disc_model', 'interpolation_run']
 
-# %% ../../nbs/05_adagar/07_interpolation.ipynb #f4e7ddb3
+# %% ../../nbs/05_adagar/07_interpolation.ipynb #def60255
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 from .gabor import initial_waves
 from .initialisation import VideoScene
 from .scene import GaborSplats
-from .training import AdaGaRConfig, AdaGaRTrainer, TrainResult
+from .training import AdaGaRConfig, AdaGaRTrainer, TrainResult, render_frames
 from ..core.checks import check_choice, check_range
 from ..core.random import generator as seeded
 from ..splat.metrics import psnr
@@ -88,7 +88,7 @@ def disc_clip(frames: int = 17, size: int = 48, *, points: int = 60, occluder: b
     scene = VideoScene.from_array(torch.stack(pictures).float(), depth=torch.stack(depths).float(), tracks=tracks.float(), visibility=visible, masks=torch.stack(masks))
     return DiscClip(scene, torch.stack(hidden).float())
 
-# %% ../../nbs/05_adagar/07_interpolation.ipynb #2e843780
+# %% ../../nbs/05_adagar/07_interpolation.ipynb #52f7c7d2
 class MotionArm(NamedTuple):
     """One setting: motion and coefficients a coordinate; lambda_curv of training; lam of the fit to the tracks; waves and where they start."""
 
@@ -168,8 +168,7 @@ def interpolation_run(arm: MotionArm | str, *, seed: int = 0, steps: int = 400, 
     result = AdaGaRTrainer(clip.scene, config, model, train_frames=train).fit()
     scores = {"train": result.mean("psnr", "train"), "held_out": result.mean("psnr", "held-out"), "ssim_held_out": result.mean("ssim", "held-out")}
     odd = list(range(1, frames, 2))
-    with torch.no_grad():
-        pictures = torch.cat([model.render(clip.scene.times[frame:frame + 1], size, size, backend=backend, check=False).color for frame in odd]).clamp(0, 1)
+    pictures = render_frames(model, clip.scene, odd, background=config.background, backend=backend)
     on_disc = [float(psnr(picture, clip.scene.frames[frame], mask=clip.scene.masks[frame])) for picture, frame in zip(pictures, odd) if bool(clip.scene.masks[frame].any())]
     scores["disc"] = sum(on_disc) / len(on_disc)
     covered = [row["psnr"] for row in result.frames if row["split"] == "held-out" and float(clip.hidden[row["frame"]]) > 1 / 3]

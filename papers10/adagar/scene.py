@@ -29,7 +29,7 @@ from ..splat.waves import ENERGY_MODES
 MOTIONS = ("hermite", "linear", "cubic", "poly_fourier")
 FIELDS = ("means", "position_knots", "quats", "rotation_knots", "log_scales", "opacities", "colors", "waves", "wave_weights", "wave_phases", "attributes")
 
-# %% ../../nbs/05_adagar/04_scene.ipynb #10898f89
+# %% ../../nbs/05_adagar/04_scene.ipynb #d49aeb4f
 class GaborSplats(nn.Module):
     """A clip as moving Gaussian or Gabor primitives.
 
@@ -162,9 +162,8 @@ class GaborSplats(nn.Module):
             kept["aspect"] = about["camera"].get("aspect", "isotropic")
         sizes = {name: value.shape[-1] if value.dim() > 1 else 1 for name, value in loaded.extra.items()}
         model = cls(len(loaded), n_frames, **{"n_waves": loaded.num_waves, "attributes": sizes, **kept, **options})
-        colors = loaded.colors if loaded.sh is None else (loaded.sh[:, 0] * 0.28209479177387814 + 0.5)
         values = {"means": loaded.means, "quats": loaded.quats, "log_scales": loaded.scales.log(), "opacities": loaded.opacities.clamp(1e-6, 1 - 1e-6).logit(),
-                  "colors": colors.clamp(1e-4, 1 - 1e-4).logit()}
+                  "colors": loaded.base_colors().clamp(1e-4, 1 - 1e-4).logit()}
         if loaded.num_waves:
             values |= {"waves": loaded.waves, "wave_weights": loaded.wave_weights}
             values |= {} if loaded.wave_phases is None else {"wave_phases": loaded.wave_phases}

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/export.html.md"""
 # %% auto #0
 __all__ = ['save_ply', 'load_ply', 'save_splat', 'load_splat', 'save_scene', 'load_scene']
 
-# %% ../../nbs/shared/splat/export.ipynb #74718c54
+# %% ../../nbs/shared/splat/export.ipynb #9f0a4e31
 import json
 import math
 import re
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ..core.optional import need
 from ..core.results import write_atomic
-from .gaussians import Gaussians
+from .gaussians import SH0, Gaussians
 
-_Y0 = 0.28209479177387814
 _OPACITY = 1e-7  # float32 still tells 1 - 1e-7 from 1
 _SMALLEST, _LARGEST = 1e-37, 1e37  # scales whose logarithm and its exponential are normal float32 numbers
 _COMMENT = "papers10 "
@@ -52,7 +51,7 @@ def _prepare(gaussians: Gaussians) -> tuple[Gaussians, Tensor]:
     if wide.colors is not None and wide.colors.shape[-1] != 3:
         raise ValueError(f"colors: expected three channels, got {wide.colors.shape[-1]}")
     wide = wide.replace(scales=wide.scales.clamp(_SMALLEST, _LARGEST), quats=torch.nn.functional.normalize(wide.quats, dim=-1, eps=0.0))
-    return wide, (wide.colors - 0.5) / _Y0 if wide.sh is None else wide.sh[:, 0]
+    return wide, (wide.colors - 0.5) / SH0 if wide.sh is None else wide.sh[:, 0]
 
 
 def _write(path, data: bytes) -> Path:
@@ -122,7 +121,7 @@ def save_ply(path, gaussians: Gaussians, *, metadata: Mapping[str, Any] | None =
     ply.PlyData([ply.PlyElement.describe(vertices, "vertex")], text=False, byte_order="<", comments=[comment]).write(data)
     return _write(path, data.getvalue())
 
-# %% ../../nbs/shared/splat/export.ipynb #1973d4b7
+# %% ../../nbs/shared/splat/export.ipynb #87e0a6ae
 def _stack(vertices: Mapping[str, Any], names: list[str], path) -> Tensor:
     """The named properties as float32 [N, len(names)]. Raises ValueError naming those that are absent."""
     missing = [name for name in names if name not in vertices]
@@ -170,7 +169,7 @@ def load_ply(path) -> tuple[Gaussians, dict[str, Any]]:
     rest = _numbered(vertices, "f_rest_")
     if rest not in (0, 9, 24, 45):
         raise ValueError(f"path: expected 0, 9, 24 or 45 properties f_rest_* in {path}, got {rest}")
-    color = {"colors": 0.5 + _Y0 * constant}
+    color = {"colors": 0.5 + SH0 * constant}
     if about.get("color") != "colors" or rest:
         higher = _stack(vertices, [f"f_rest_{i}" for i in range(rest)], path).unflatten(-1, (3, rest // 3)).mT if rest else constant.new_zeros(len(constant), 0, 3)
         color = {"sh": torch.cat([constant[:, None], higher], 1)}
@@ -194,7 +193,7 @@ def _read_comment(comment: str, path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"path: expected JSON in the comment {comment[:60]!r} of {path}, got {error}") from None
 
-# %% ../../nbs/shared/splat/export.ipynb #854f4456
+# %% ../../nbs/shared/splat/export.ipynb #1865a8cc
 def save_splat(path, gaussians: Gaussians, *, drop: bool = False) -> Path:
     """Write one set as `.splat`, 32 bytes a primitive, in the order of the set.
 
@@ -219,7 +218,7 @@ def save_splat(path, gaussians: Gaussians, *, drop: bool = False) -> Path:
         raise ValueError(f"gaussians: expected only what a .splat file holds, got {', '.join(left)}; drop=True leaves them out")
     records = np.empty(len(gaussians), [("position", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rotation", "u1", 4)])
     records["position"], records["scale"] = _array("means", gaussians.means), _array("scales", gaussians.scales)
-    records["rgba"] = (255 * torch.cat([0.5 + _Y0 * constant, gaussians.opacities[:, None]], -1)).round().clamp(0, 255).numpy()
+    records["rgba"] = (255 * torch.cat([0.5 + SH0 * constant, gaussians.opacities[:, None]], -1)).round().clamp(0, 255).numpy()
     records["rotation"] = (128 * gaussians.quats + 128).round().clamp(0, 255).numpy()
     return _write(path, records.tobytes())
 

@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/render.html.md"""
 __all__ = ['WAVE_SPACES', 'DEPTHS', 'Projected', 'project_gaussians', 'sh_basis', 'sh_colors', 'Rendering', 'render',
            'rasterization']
 
-# %% ../../nbs/shared/splat/render.ipynb #cfb6b529
+# %% ../../nbs/shared/splat/render.ipynb #aa9573d1
 import inspect
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ..core.checks import check_choice, check_range
 from ..core.optional import have, need
 from ..kernels.rasterize import rasterize
 from .cameras import Cameras
-from .gaussians import Gaussians
+from .gaussians import SH0, Gaussians
 from .rotations import quat_to_matrix
 from .waves import ENERGY_MODES, energy_bias, project_waves
 
@@ -98,8 +98,8 @@ def project_gaussians(gaussians: Gaussians, cameras: Cameras, *, near: float = 0
     waves2d, attenuation = project_waves(to_pixels, waves, eps2d=eps2d, antialias=antialias)
     return Projected(means2d, conics, depth, radii, covs2d, waves2d, attenuation)
 
-# %% ../../nbs/shared/splat/render.ipynb #52dc4a16
-_C0, _C1 = 0.28209479177387814, 0.4886025119029199
+# %% ../../nbs/shared/splat/render.ipynb #5eab7405
+_C1 = 0.4886025119029199
 _C2 = (1.0925484305920792, -1.0925484305920792, 0.31539156525252005, -1.0925484305920792, 0.5462742152960396)
 _C3 = (-0.5900435899266435, 2.890611442640554, -0.4570457994644658, 0.3731763325901154, -0.4570457994644658, 1.445305721320277, -0.5900435899266435)
 
@@ -108,7 +108,7 @@ def sh_basis(directions: Float[Tensor, "*batch 3"], count: int) -> Float[Tensor,
     """The first `count` (1, 4, 9 or 16) real spherical harmonics of unit directions."""
     check_choice("count", count, (1, 4, 9, 16))
     x, y, z = directions.unbind(-1)
-    basis = [torch.full_like(x, _C0)]
+    basis = [torch.full_like(x, SH0)]
     if count > 1:
         basis += [-_C1 * y, _C1 * z, -_C1 * x]
     if count > 4:
@@ -129,7 +129,7 @@ def sh_colors(sh: Float[Tensor, "*batch N K 3"], means: Float[Tensor, "*batch N 
         directions = torch.nn.functional.normalize(means - eyes[:, None], dim=-1)
     return (torch.einsum("vnk,...nkc->vnc" if sh.dim() == 3 else "vnk,vnkc->vnc", sh_basis(directions, sh.shape[-2]), sh) + 0.5).clamp_min(0)
 
-# %% ../../nbs/shared/splat/render.ipynb #5f9a28f6
+# %% ../../nbs/shared/splat/render.ipynb #3cbe6be6
 class Rendering(NamedTuple):
     """Pictures of V views.
 
@@ -141,6 +141,20 @@ class Rendering(NamedTuple):
     alpha: Float[Tensor, "view height width 1"]
     extra: dict[str, Tensor]
     meta: dict[str, Any]
+
+
+def _shaded_waves(gaussians: Gaussians, flat: Projected, energy: str, gamma: float) -> dict[str, Tensor | None]:
+    """What `rasterize` needs to know of the waves: as the picture shows them, with the bias of their effective weights."""
+    if gaussians.waves is None:
+        return {}
+    weights, phases = gaussians.wave_weights * flat.wave_attenuation, gaussians.wave_phases
+    bias = energy_bias(weights, mode=energy, gamma=gamma, waves=flat.waves2d, covs2d=flat.covs2d, phases=phases)
+    return {"waves": flat.waves2d, "wave_weights": weights, "wave_bias": bias, "wave_phases": phases}
+
+
+def _expected(accumulated: Tensor, alpha: Tensor) -> Tensor:
+    """Accumulated depth over accumulated opacity; 0 where nothing is."""
+    return torch.where(alpha > 0, accumulated / torch.where(alpha > 0, alpha, 1.0), 0.0)
 
 
 def render(gaussians: Gaussians, cameras: Cameras, *, channels: Sequence[str] = ("color", "depth", "alpha"), backgrounds: Tensor | None = None,
@@ -195,24 +209,18 @@ def render(gaussians: Gaussians, cameras: Cameras, *, channels: Sequence[str] = 
             raise ValueError(f"backgrounds: expected [{sizes['color']}] or [{views}, {sizes['color']}], got {list(backgrounds.shape)}")
         behind = torch.cat([backgrounds.expand(views, sizes["color"]), values.new_zeros(views, values.shape[-1] - sizes["color"])], -1)
     opacities = torch.where((flat.radii > 0).all(-1), gaussians.opacities.expand(shape), 0.0)
-    waved = {}
-    if gaussians.waves is not None:
-        weights = gaussians.wave_weights * flat.wave_attenuation
-        phases = gaussians.wave_phases
-        bias = energy_bias(weights, mode=energy, gamma=gamma, waves=flat.waves2d, covs2d=flat.covs2d, phases=phases)
-        waved = {"waves": flat.waves2d, "wave_weights": weights, "wave_bias": bias, "wave_phases": phases}
-    pixels, alpha, meta = rasterize(flat.means2d, flat.conics, opacities, values, flat.depths, cameras.width, cameras.height, **waved, backgrounds=behind,
+    pixels, alpha, meta = rasterize(flat.means2d, flat.conics, opacities, values, flat.depths, cameras.width, cameras.height, **_shaded_waves(gaussians, flat, energy, gamma), backgrounds=behind,
                                     tile_size=tile_size, alpha_min=alpha_min, alpha_max=alpha_max, t_min=t_min, absgrad=absgrad,
                                     deterministic=deterministic, check=check, backend=backend)
     found = dict(zip(sizes, pixels.split(list(sizes.values()), -1))) if sizes else {}
     distance = found.pop("depth", None)
     if distance is not None and depth == "expected":
-        distance = torch.where(alpha > 0, distance / torch.where(alpha > 0, alpha, 1.0), 0.0)
+        distance = _expected(distance, alpha)
     seen = (meta["radii"] > 0).all(-1).reshape(shape)
     meta = {**meta, "radii": torch.where(seen[..., None], flat.radii, 0), "width": cameras.width, "height": cameras.height, "n_cameras": views, "projected": flat}
     return Rendering(found.pop("color", None), distance, alpha, found, meta)
 
-# %% ../../nbs/shared/splat/render.ipynb #2677ad2d
+# %% ../../nbs/shared/splat/render.ipynb #def577c7
 def rasterization(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"], scales: Float[Tensor, "N 3"], opacities: Float[Tensor, "N"], colors: Tensor,
                   viewmats: Float[Tensor, "C 4 4"], Ks: Float[Tensor, "C 3 3"], width: int, height: int, near_plane: float = 0.01, far_plane: float = 1e10,
                   radius_clip: float = 0.0, eps2d: float = 0.3, sh_degree: int | None = None, packed: bool = False, tile_size: int = 16,
@@ -270,15 +278,10 @@ def rasterization(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"], scal
     behind = backgrounds
     if behind is not None and behind.shape[-1] < values.shape[-1]:
         behind = torch.cat([behind, behind.new_zeros(*behind.shape[:-1], values.shape[-1] - behind.shape[-1])], -1)
-    waved = {}
-    if waves3d is not None:
-        weights = wave_weights * flat.wave_attenuation
-        bias = energy_bias(weights, mode=energy, gamma=gamma, waves=flat.waves2d, covs2d=flat.covs2d, phases=wave_phases)
-        waved = {"waves": flat.waves2d, "wave_weights": weights, "wave_bias": bias, "wave_phases": wave_phases}
-    pixels, alpha, meta = rasterize(flat.means2d, flat.conics, opacity, values, flat.depths, width, height, **waved, backgrounds=behind, tile_size=tile_size,
+    pixels, alpha, meta = rasterize(flat.means2d, flat.conics, opacity, values, flat.depths, width, height, **_shaded_waves(gaussians, flat, energy, gamma), backgrounds=behind, tile_size=tile_size,
                                     alpha_min=alpha_min, alpha_max=alpha_max, t_min=t_min, absgrad=absgrad, deterministic=deterministic, check=check, backend=backend)
     if render_mode.endswith("ED"):
-        pixels = torch.cat([pixels[..., :-1], torch.where(alpha > 0, pixels[..., -1:] / torch.where(alpha > 0, alpha, 1.0), 0.0)], -1)
+        pixels = torch.cat([pixels[..., :-1], _expected(pixels[..., -1:], alpha)], -1)
     # What gsplat's strategies read: radii of primitives that are seen, sizes, and means2d, which can retain a gradient.
     return pixels, alpha, {**meta, "radii": torch.where(shown[..., None], flat.radii, 0), "depths": flat.depths, "conics": flat.conics, "opacities": opacity, "width": width, "height": height,
                            "n_cameras": cameras.count, "gaussian_ids": None, "camera_ids": None}

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/viewer.html.md"""
 # %% auto #0
 __all__ = ['static_page', 'show']
 
-# %% ../../nbs/shared/splat/viewer.ipynb #c23565e3
+# %% ../../nbs/shared/splat/viewer.ipynb #9cc6bee3
 import base64
 import html
 import json
@@ -38,7 +38,7 @@ def _one(name: str, gaussians: Any) -> Gaussians:
     own = gaussians.detach().to("cpu").to(torch.float64).check()
     if own.colors is not None and own.colors.shape[-1] != 3:
         raise ValueError(f"{name}: expected three colour channels, got {own.colors.shape[-1]}")
-    colors = own.colors if own.sh is None else 0.5 + 0.28209479177387814 * own.sh[:, 0]
+    colors = own.base_colors()
     return own.replace(colors=colors.clamp(0, 1), sh=None, quats=torch.nn.functional.normalize(own.quats, dim=-1), extra={})
 
 
