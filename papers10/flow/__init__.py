@@ -1,0 +1,1 @@
+"""Flow matching shared by chapters: schedules, samplers, guidance, transformer blocks"""

@@ -1,0 +1,1 @@
+"""everything that one imports from `papers10.neoverse`, loaded when it is used"""
