@@ -7,9 +7,9 @@ Docs: https://papers10.github.io/papers10/shared/splat/metrics.html.md"""
 # %% auto #0
 __all__ = ['THRESHOLDS', 'psnr', 'masked_psnr', 'finite_mean', 'detail_psnr', 'radial_spectrum', 'spectrum_error',
            'PerceptualDistance', 'lpips_distance', 'tapvid_metrics', 'temporal_coherence', 'depth_consistency', 'iou',
-           'ssim']
+           'pose_errors', 'endpoint_error_3d', 'apd_3d', 'ssim']
 
-# %% ../../nbs/shared/splat/metrics.ipynb #12131578
+# %% ../../nbs/shared/splat/metrics.ipynb #075157c0
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_range, check_shape
 from ..core.optional import have, need
+from .cameras import Sim3, align_poses, check_poses, invert_poses
 from .losses import _alike, _floats, ssim
 
 _all_ = ["ssim"]
@@ -354,3 +355,140 @@ def iou(prediction: Shaped[Tensor, "*batch H W"], target: Shaped[Tensor, "*batch
     ours, theirs = (values if values.dtype == torch.bool else values > threshold for values in (prediction, target))
     either = (ours | theirs).sum((-2, -1)).double()
     return torch.where(either > 0, (ours & theirs).sum((-2, -1)).double() / either.clamp_min(1), torch.ones_like(either))
+
+# %% ../../nbs/shared/splat/metrics.ipynb #9fc40e35
+def _angle(rotation: Tensor) -> Tensor:
+    """Angle in degrees of rotations [..., 3, 3]; exact near 0, where an arc cosine of the trace would see noise of 1e-6 degrees."""
+    sine = torch.stack([rotation[..., 2, 1] - rotation[..., 1, 2], rotation[..., 0, 2] - rotation[..., 2, 0], rotation[..., 1, 0] - rotation[..., 0, 1]], -1).norm(dim=-1) / 2
+    return torch.rad2deg(torch.atan2(sine, (rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2))
+
+
+def _direction(a: Tensor, b: Tensor) -> Tensor:
+    return torch.rad2deg(torch.atan2(torch.linalg.cross(a, b).norm(dim=-1), (a * b).sum(-1)))
+
+
+def pose_errors(prediction: Float[Tensor, "S 4 4"], target: Float[Tensor, "S 4 4"], *, align: str = "positions", with_scale: bool = True, delta: int = 1,
+                thresholds: tuple[int, ...] = (5, 15, 30), ambiguity: bool = True) -> dict[str, float]:
+    """Errors of camera poses [S, 4, 4], camera to world, with the definitions of their tables.
+
+    Args:
+        align: "positions" (Umeyama of the centres: what evo, and so the tables with ATE, do), "orientations" (see `cameras.align_poses`; defined for centres on a line),
+            "first" (the first camera becomes the true one) or "none".
+        with_scale: let the alignment scale the prediction ("first": to the same mean distance of the centres from the first one).
+        delta: frames of a step of RPE.
+        thresholds: whole degrees of RRA, RTA and AUC.
+        ambiguity: count a direction and its opposite as the same, as VGGT's and PoseDiffusion's evaluations do.
+
+    Returns:
+        ate, rpe_translation (units of the target); rotation (mean angle after alignment), rpe_rotation (degrees); scale of the alignment; rra_X, rta_X, auc_X in [0, 1] for each
+        threshold. What needs a pair of cameras, or a step, is NaN without one. A pair of cameras that stand at the same true place (closer than 1e-6 of the largest distance)
+        has no direction: only its rotation counts. A predicted pair at one place that should not be is off by 90 degrees (180 without ambiguity).
+
+    Raises:
+        TypeError, ValueError: not rigid poses (`cameras.check_poses`), numbers that differ, another word, delta or a threshold below 1.
+
+    Source: ATE and RPE as Sturm et al. 2012; AUC as PoseDiffusion and VGGT. Leaving out directions that do not exist is our choice; VGGT counts them as wrong.
+    """
+    prediction, target = check_poses("prediction", prediction, "S 4 4").detach().double(), check_poses("target", target, "S 4 4").detach().double()
+    count = check_shape("target", target, "S 4 4", {"S": len(prediction)})["S"]
+    check_choice("align", align, ("positions", "orientations", "first", "none"))
+    check_range("delta", delta, 1)
+    for threshold in thresholds:
+        if check_range("thresholds", threshold, 1, 180) != int(threshold):
+            raise ValueError(f"thresholds: expected whole degrees, got {threshold!r}")
+    if not count:
+        raise ValueError("prediction: expected at least one pose, got none")
+    one = target.new_ones(())
+    if align == "first":
+        reach = [(poses[:, :3, 3] - poses[0, :3, 3]).norm(dim=-1).mean() for poses in (prediction, target)]
+        scale = reach[1] / reach[0] if with_scale and float(reach[0]) > 0 and float(reach[1]) > 0 else one
+        turn = target[0, :3, :3] @ prediction[0, :3, :3].T
+        moved = Sim3(scale, turn, target[0, :3, 3] - scale * turn @ prediction[0, :3, 3])
+    elif align == "none":
+        moved = Sim3(one, torch.eye(3).to(target), target.new_zeros(3))
+    else:
+        moved = align_poses(prediction, target, rotation=align, with_scale=with_scale)
+    aligned = moved.poses(prediction)
+    result = {
+        "ate": float((aligned[:, :3, 3] - target[:, :3, 3]).square().sum(-1).mean().sqrt()),
+        "rotation": float(_angle(target[:, :3, :3].mT @ aligned[:, :3, :3]).mean()),
+        "scale": float(moved.scale),
+    }
+    step = [invert_poses(poses[: max(count - delta, 0)]) @ poses[delta:] for poses in (target, aligned)]
+    error = invert_poses(step[0]) @ step[1]
+    result |= {"rpe_translation": float(error[:, :3, 3].square().sum(-1).mean().sqrt()), "rpe_rotation": float(_angle(error[:, :3, :3]).square().mean().sqrt())}
+
+    first, second = torch.triu_indices(count, count, 1, device=target.device)
+    ours, theirs = (invert_poses(poses[second]) @ poses[first] for poses in (prediction, target))
+    turned = _angle(theirs[:, :3, :3].mT @ ours[:, :3, :3])
+    ours, theirs = ours[:, :3, 3], theirs[:, :3, 3]
+    pointed = _direction(ours, theirs)
+    if ambiguity:
+        pointed = torch.minimum(pointed, 180 - pointed)
+    reach = float(theirs.norm(dim=-1).max()) if len(theirs) else 0.0
+    nowhere = 1e-9 * float(ours.norm(dim=-1).max()) if len(ours) else 0.0
+    pointed = torch.where(ours.norm(dim=-1) <= nowhere, 90.0 if ambiguity else 180.0, pointed)
+    moving = theirs.norm(dim=-1) > 1e-6 * reach
+    worst = torch.where(moving, torch.maximum(turned, pointed), turned)
+    for threshold in thresholds:
+        limits = torch.arange(1, threshold + 1, dtype=worst.dtype, device=worst.device)
+        result |= {
+            f"rra_{threshold}": float((turned < threshold).double().mean()),
+            f"rta_{threshold}": float((pointed[moving] < threshold).double().mean()),
+            f"auc_{threshold}": float((worst[:, None] < limits).double().mean()),
+        }
+    return result
+
+# %% ../../nbs/shared/splat/metrics.ipynb #331c6bd2
+def _points3(prediction: Tensor, target: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    prediction, target = _floats(prediction=prediction, target=target)
+    check_shape("prediction", prediction, "* 3")
+    _alike(("prediction", prediction), ("target", target))
+    counted = torch.ones(target.shape[:-1], dtype=torch.bool, device=target.device) if visible is None else _mask("visible", visible, target.shape[:-1])
+    return prediction.detach().double()[counted], target.detach().double()[counted]
+
+
+def endpoint_error_3d(prediction: Float[Tensor, "*batch 3"], target: Float[Tensor, "*batch 3"], visible: Bool[Tensor, "*batch"] | None = None) -> float:
+    """Mean distance between points (or displacements) and the true ones, in their unit; `visible` says which count (all when not given). NaN when none does.
+
+    Raises:
+        TypeError, ValueError: no floating tensors, shapes do not fit.
+    """
+    ours, theirs = _points3(prediction, target, visible)
+    return float((ours - theirs).norm(dim=-1).mean())
+
+
+def apd_3d(prediction: Float[Tensor, "*batch 3"], target: Float[Tensor, "*batch 3"], visible: Bool[Tensor, "*batch"] | None = None, *, thresholds: tuple[float, ...] = (0.1,),
+           focal: float | None = None, rescale: str = "none") -> dict[str, float]:
+    """Average share of points within thresholds of the true ones.
+
+    Args:
+        prediction, target: points; in the camera's frame where `focal` is given.
+        visible: which points count; all when not given.
+        thresholds: distances in the unit of the points; with `focal` in pixels, and then a threshold is that many pixels at the true depth. TAPVid-3D: (1, 2, 4, 8, 16).
+        focal: focal length in pixels.
+        rescale: "median": multiply the prediction by the median of ‖true‖ / ‖predicted‖ over the counted points first, as TAPVid-3D does for methods without scale.
+
+    Returns:
+        apd, within_X for each threshold, and scale; shares in [0, 1], NaN without a point to count.
+
+    Raises:
+        TypeError, ValueError: no floating tensors, shapes do not fit, no threshold or one not above 0, focal not above 0, another word.
+
+    Source: NeoVerse's table S3 (0.1 m); TAPVid-3D (pixels, rescaling).
+    """
+    check_choice("rescale", rescale, ("none", "median"))
+    if not thresholds:
+        raise ValueError("thresholds: expected at least one, got none")
+    for threshold in thresholds:
+        check_range("thresholds", threshold, 0, open=True)
+    ours, theirs = _points3(prediction, target, visible)
+    scale = 1.0
+    if rescale == "median" and len(ours):
+        scale = float((theirs.norm(dim=-1) / ours.norm(dim=-1).clamp_min(1e-12)).median())
+    distance = (scale * ours - theirs).norm(dim=-1)
+    if focal is not None:
+        distance = distance * check_range("focal", focal, 0, open=True) / theirs[:, 2]
+        distance = torch.where(theirs[:, 2] > 0, distance, math.inf)
+    within = {f"within_{threshold:g}": float((distance < threshold).double().mean()) for threshold in thresholds}
+    return {"apd": sum(within.values()) / len(within), **within, "scale": scale}

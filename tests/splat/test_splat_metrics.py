@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from papers10.core.random import generator
 from papers10.splat import losses
 from papers10.splat import metrics as me
+from papers10.splat.cameras import Sim3, make_poses, se3_exp
+from papers10.splat.rotations import quat_to_matrix
 
 FLOAT64 = torch.float64
 NAN = float("nan")
@@ -286,3 +288,103 @@ REFUSED = [
 def test_refused(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def rigid(n, seed=0):
+    quats = torch.randn(n, 4, generator=generator(seed, "poses"), dtype=FLOAT64)
+    places = torch.randn(n, 3, generator=generator(seed, "places"), dtype=FLOAT64)
+    return make_poses(quat_to_matrix(quats), places)
+
+
+class TestPoses:
+    @pytest.mark.parametrize("align", ["positions", "orientations", "first"])
+    def test_a_similarity_of_the_world_costs_nothing(self, align):
+        truth = rigid(6)
+        world = Sim3(torch.tensor(0.3, dtype=FLOAT64), rigid(1, 5)[0, :3, :3], torch.ones(3, dtype=FLOAT64))
+        found = me.pose_errors(world.poses(truth), truth, align=align)
+        assert found["ate"] < 1e-9 and found["rotation"] < 1e-6 and found["rpe_translation"] < 1e-9
+        assert found["scale"] == pytest.approx(1 / 0.3) and found["auc_5"] == found["rra_5"] == found["rta_5"] == 1
+
+    def test_auc_is_vggts_histogram(self):
+        truth = rigid(9)
+        guess = se3_exp(0.08 * torch.randn(9, 6, generator=generator(1, "noise"), dtype=FLOAT64)) @ truth
+        found = me.pose_errors(guess, truth, align="none", ambiguity=True)
+        errors = []
+        for i in range(9):
+            for j in range(i + 1, 9):
+                (a, b) = (np.linalg.inv(p[j]) @ p[i] for p in (guess.numpy(), truth.numpy()))
+                turn = np.degrees(np.arccos(np.clip((np.trace(b[:3, :3].T @ a[:3, :3]) - 1) / 2, -1, 1)))
+                cosine = a[:3, 3] @ b[:3, 3] / np.linalg.norm(a[:3, 3]) / np.linalg.norm(b[:3, 3])
+                errors.append(max(turn, np.degrees(np.arccos(min(1, abs(cosine))))))
+        for limit in (5, 15, 30):
+            histogram, _ = np.histogram(errors, bins=np.arange(limit + 1))
+            assert found[f"auc_{limit}"] == pytest.approx(np.mean(np.cumsum(histogram / len(errors))))
+        assert found["auc_5"] < found["auc_15"] < found["auc_30"] < 1
+
+    def test_where_nothing_moves_only_rotations_count(self):
+        still = torch.eye(4, dtype=FLOAT64).repeat(4, 1, 1)
+        found = me.pose_errors(still, still)
+        assert found["auc_30"] == 1 and math.isnan(found["rta_30"]) and found["ate"] == 0
+        moving = still.clone()
+        moving[:, 0, 3] = torch.arange(4, dtype=FLOAT64)
+        assert me.pose_errors(still, moving)["auc_30"] == 0
+        back = moving.clone()
+        back[:, 0, 3] *= -1
+        assert me.pose_errors(back, moving, align="none")["auc_5"] == 1
+        assert me.pose_errors(back, moving, align="none", ambiguity=False)["auc_30"] == 0
+
+    def test_steps_and_single_poses(self):
+        truth = rigid(1).repeat(5, 1, 1)
+        truth[:, 0, 3] += torch.arange(5, dtype=FLOAT64)
+        drift = truth.clone()
+        drift[:, 0, 3] *= 1.1
+        base = float(truth[0, 0, 3])
+        for delta in (1, 2):
+            found = me.pose_errors(drift, truth, align="none", delta=delta)
+            assert found["rpe_translation"] == pytest.approx(0.1 * delta, rel=1e-6), base
+        one = me.pose_errors(truth[:1], drift[:1])
+        assert one["ate"] < 1e-12 and math.isnan(one["rpe_rotation"]) and math.isnan(one["auc_30"])
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"target": rigid(2)}, "target: expected shape"),
+            ({"prediction": 2 * rigid(3)}, "prediction: expected a rotation"),
+            ({"prediction": rigid(3) * NAN}, "prediction: expected finite"),
+            ({"align": "icp"}, "align: expected one of"),
+            ({"delta": 0}, "delta"),
+            ({"thresholds": (0.5,)}, "thresholds"),
+            ({"thresholds": (1.5,)}, "whole degrees"),
+            ({"prediction": rigid(0), "target": rigid(0)}, "at least one pose"),
+        ],
+    )
+    def test_refusals(self, change, words):
+        with pytest.raises(ValueError, match=words):
+            me.pose_errors(**{"prediction": rigid(3), "target": rigid(3), **change})
+
+
+class TestPoints:
+    def test_shares_and_distances(self):
+        truth = draw(4, 5, 3) + 1
+        moved = truth + torch.tensor([0.0, 0.03, 0.04], dtype=FLOAT64)
+        seen = flags(4, 5)
+        assert me.endpoint_error_3d(moved, truth) == pytest.approx(0.05)
+        assert me.endpoint_error_3d(torch.where(seen[..., None], moved, NAN), truth, seen) == pytest.approx(0.05)
+        found = me.apd_3d(moved, truth, thresholds=(0.04, 0.06))
+        assert (found["within_0.04"], found["within_0.06"], found["apd"]) == (0, 1, 0.5)
+        assert math.isnan(me.apd_3d(moved, truth, torch.zeros(4, 5, dtype=torch.bool))["apd"])
+        behind = truth * torch.tensor([1.0, 1, -1], dtype=FLOAT64)
+        assert me.apd_3d(behind, behind, thresholds=(1,), focal=10)["apd"] == 0
+
+    def test_refusals(self):
+        points = draw(4, 3)
+        with pytest.raises(ValueError, match="thresholds"):
+            me.apd_3d(points, points, thresholds=())
+        with pytest.raises(ValueError, match="focal"):
+            me.apd_3d(points, points, focal=0)
+        with pytest.raises(ValueError, match="rescale"):
+            me.apd_3d(points, points, rescale="mean")
+        with pytest.raises(ValueError, match="prediction: expected shape"):
+            me.endpoint_error_3d(points[:, :2], points)
+        with pytest.raises(ValueError, match="visible"):
+            me.endpoint_error_3d(points, points, torch.ones(3, dtype=torch.bool))
