@@ -7,15 +7,16 @@ Docs: https://papers10.github.io/papers10/kernels/gaussian_transition.html.md"""
 # %% auto #0
 __all__ = ['SPEC', 'gaussian_transition_reference', 'gaussian_transition', 'gaussian_transition_bytes']
 
-# %% ../nbs/kernels/gaussian_transition.ipynb #2396dd4f
+# %% ../nbs/kernels/gaussian_transition.ipynb #0685eb8a
 import contextlib
+import functools
 import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, op_name, register, resolve_backend
+from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, interpreting, op_name, register, resolve_backend
 
 _TINY = 1e-6
 
@@ -101,10 +102,109 @@ def _backward_torch(grad_means, grad_quats, grad_opacities, quats, opacities, ve
     results = (g_mu, to_r, left * g_alpha, step * g_mu, step * to_turn, common * power * log, to_d)
     return tuple(value.to(kind) for value, kind in zip(results, kinds))
 
-# %% ../nbs/kernels/gaussian_transition.ipynb #410fb589
+# %% ../nbs/kernels/gaussian_transition.ipynb #f9ed2758
+@functools.cache
+def _numba_loops():
+    from numba import njit, prange
+    from numba.extending import register_jitable
+
+    @register_jitable
+    def half_turn(x, y, z):
+        square = x * x + y * y + z * z
+        angle = math.sqrt(max(square, 1e-30))
+        sine = 0.5 - square / 48 if square < 1e-8 else math.sin(angle / 2) / angle
+        return square, math.cos(angle / 2), sine
+
+    @register_jitable
+    def decay(tau, d):
+        power = 1 / (1 - tau + 1e-6)
+        if d > 0:
+            log = math.log(d)
+            return power, log, math.exp(power * log)
+        return power, 0.0, 0.0
+
+    options = {"parallel": True, "fastmath": False, "cache": False, "nogil": True}
+
+    @njit(**options)
+    def forward(means, quats, opacities, velocity, angular, life, fraction, gamma, out_means, out_quats, out_opacities):
+        for i in prange(means.shape[0]):
+            d = fraction[i]
+            for axis in range(3):
+                out_means[i, axis] = means[i, axis] + d * velocity[i, axis]
+            x, y, z = d * angular[i, 0], d * angular[i, 1], d * angular[i, 2]
+            square, c, s = half_turn(x, y, z)
+            x, y, z = s * x, s * y, s * z
+            a, b0, b1, b2 = quats[i, 0], quats[i, 1], quats[i, 2], quats[i, 3]
+            out_quats[i, 0] = a * c - b0 * x - b1 * y - b2 * z
+            out_quats[i, 1] = a * x + b0 * c + b1 * z - b2 * y
+            out_quats[i, 2] = a * y - b0 * z + b1 * c + b2 * x
+            out_quats[i, 3] = a * z + b0 * y - b1 * x + b2 * c
+            power, log, faded = decay(life[i], d)
+            out_opacities[i] = opacities[i] * math.exp(-gamma * faded)
+
+    @njit(**options)
+    def backward(g_means, g_quats, g_opacities, quats, opacities, velocity, angular, life, fraction, gamma, series_below,
+                 to_quats, to_opacities, to_velocity, to_angular, to_life, to_fraction):
+        for i in prange(quats.shape[0]):
+            d = fraction[i]
+            to_d = 0.0
+            for axis in range(3):
+                to_velocity[i, axis] = d * g_means[i, axis]
+                to_d += velocity[i, axis] * g_means[i, axis]
+            x, y, z = d * angular[i, 0], d * angular[i, 1], d * angular[i, 2]
+            square, c, s = half_turn(x, y, z)
+            if square < series_below:
+                slope = -1 / 24 + square * (1 / 960 + square * (-1 / 107520 + square * (8 / 512 / 362880)))
+            else:
+                slope = (c / 2 - s) / square
+            g0, g1, g2, g3 = g_quats[i, 0], g_quats[i, 1], g_quats[i, 2], g_quats[i, 3]
+            p, q, r = -s * x, -s * y, -s * z
+            to_quats[i, 0] = g0 * c - g1 * p - g2 * q - g3 * r
+            to_quats[i, 1] = g0 * p + g1 * c + g2 * r - g3 * q
+            to_quats[i, 2] = g0 * q - g1 * r + g2 * c + g3 * p
+            to_quats[i, 3] = g0 * r + g1 * q - g2 * p + g3 * c
+            a, b0, b1, b2 = quats[i, 0], quats[i, 1], quats[i, 2], quats[i, 3]
+            first = a * g0 + b0 * g1 + b1 * g2 + b2 * g3
+            p = a * g1 - b0 * g0 - b1 * g3 + b2 * g2
+            q = a * g2 + b0 * g3 - b1 * g0 - b2 * g1
+            r = a * g3 - b0 * g2 + b1 * g1 - b2 * g0
+            along = slope * (x * p + y * q + z * r) - 0.5 * s * first
+            p, q, r = s * p + x * along, s * q + y * along, s * r + z * along
+            to_angular[i, 0], to_angular[i, 1], to_angular[i, 2] = d * p, d * q, d * r
+            to_d += angular[i, 0] * p + angular[i, 1] * q + angular[i, 2] * r
+            power, log, faded = decay(life[i], d)
+            left = math.exp(-gamma * faded)
+            common = -gamma * opacities[i] * left * g_opacities[i] * faded * power
+            to_opacities[i] = left * g_opacities[i]
+            to_life[i] = common * power * log
+            to_fraction[i] = to_d + (common / d if d > 0 else 0.0)
+
+    return forward, backward
+
+
+def _arrays(dtype, *tensors):
+    return tuple(tensor.detach().to(dtype).numpy() for tensor in tensors)
+
+
+def _forward_numba(means, quats, opacities, velocity, angular, life, fraction, gamma):
+    dtype = _compute_dtype(means, quats, opacities, velocity, angular, life, fraction)
+    out = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in (means, quats, opacities))
+    _numba_loops()[0](*_arrays(dtype, means, quats, opacities, velocity, angular, life, fraction), gamma, *(value.numpy() for value in out))
+    return tuple(value.to(tensor.dtype) for value, tensor in zip(out, (means, quats, opacities)))
+
+
+def _backward_numba(grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction, gamma):
+    kinds = (quats, opacities, velocity, angular, life, fraction)
+    dtype = _compute_dtype(grad_means, *kinds)
+    out = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in kinds)
+    _numba_loops()[1](*_arrays(dtype, grad_means, grad_quats, grad_opacities, *kinds), gamma, 1e-2 if dtype == torch.float64 else 0.5, *(value.numpy() for value in out))
+    return (grad_means, *(value.to(tensor.dtype) for value, tensor in zip(out, kinds)))
+
+# %% ../nbs/kernels/gaussian_transition.ipynb #e10bb6b7
 if installed("triton"):
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 
     @triton.jit
     def _load3(pointer, row, inside):
@@ -137,11 +237,17 @@ if installed("triton"):
         tl.store(pointer + 4 * row + 3, z.to(kind), mask=inside)
 
     @triton.jit
-    def _half_turn(x, y, z):
+    def _half_turn(x, y, z, FAST: tl.constexpr):
         square = x * x + y * y + z * z
         angle = tl.sqrt(tl.maximum(square, 1e-12))
-        cosine = tl.cos(angle * 0.5)
-        sine = tl.where(square < 1e-8, 0.5 - square * (1.0 / 48), tl.sin(angle * 0.5) / angle)
+        half = angle * 0.5
+        if FAST:
+            # The special-function unit is exact to 5e-7 within one turn, and needs no table in local memory.
+            half = half - 6.283185307179586 * tl.floor(half * 0.15915494309189535 + 0.5)
+            cosine, above = libdevice.fast_cosf(half), libdevice.fast_sinf(half)
+        else:
+            cosine, above = tl.cos(half), tl.sin(half)
+        sine = tl.where(square < 1e-8, 0.5 - square * (1.0 / 48), above / angle)
         return square, cosine, sine
 
     @triton.jit
@@ -151,7 +257,7 @@ if installed("triton"):
         return power, log, tl.where(d > 0, tl.exp(power * log), 0.0)
 
     @triton.jit
-    def _forward_kernel(means, quats, opacities, velocity, angular, life, fraction, out_means, out_quats, out_opacities, count, gamma, BLOCK: tl.constexpr):
+    def _forward_kernel(means, quats, opacities, velocity, angular, life, fraction, out_means, out_quats, out_opacities, count, gamma, BLOCK: tl.constexpr, FAST: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = row < count
         d = tl.load(fraction + row, mask=inside, other=0.0).to(tl.float32)
@@ -160,7 +266,7 @@ if installed("triton"):
         _store3(out_means, row, inside, mx + d * vx, my + d * vy, mz + d * vz)
         wx, wy, wz = _load3(angular, row, inside)
         wx, wy, wz = d * wx, d * wy, d * wz
-        square, c, s = _half_turn(wx, wy, wz)
+        square, c, s = _half_turn(wx, wy, wz, FAST)
         bx, by, bz = s * wx, s * wy, s * wz
         a, x, y, z = _load4(quats, row, inside)
         _store4(out_quats, row, inside, a * c - x * bx - y * by - z * bz, a * bx + x * c + y * bz - z * by,
@@ -172,7 +278,7 @@ if installed("triton"):
 
     @triton.jit
     def _backward_kernel(grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction,
-                         to_quats, to_opacities, to_velocity, to_angular, to_life, to_fraction, count, gamma, BLOCK: tl.constexpr):
+                         to_quats, to_opacities, to_velocity, to_angular, to_life, to_fraction, count, gamma, BLOCK: tl.constexpr, FAST: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = row < count
         d = tl.load(fraction + row, mask=inside, other=0.0).to(tl.float32)
@@ -182,7 +288,7 @@ if installed("triton"):
         to_d = vx * gx + vy * gy + vz * gz
         ox, oy, oz = _load3(angular, row, inside)
         wx, wy, wz = d * ox, d * oy, d * oz
-        square, c, s = _half_turn(wx, wy, wz)
+        square, c, s = _half_turn(wx, wy, wz, FAST)
         series = -1.0 / 24 + square * (1.0 / 960 + square * (-1.0 / 107520 + square * (8.0 / 512 / 362880)))
         slope = tl.where(square < 0.5, series, (0.5 * c - s) / tl.maximum(square, 1e-12))
         ga, hx, hy, hz = _load4(grad_quats, row, inside)
@@ -220,7 +326,7 @@ def _device_of(tensor: Tensor):
 def _forward_triton(means, quats, opacities, velocity, angular, life, fraction, gamma):
     out = tuple(torch.empty_like(tensor) for tensor in (means, quats, opacities))
     with _device_of(means):
-        _forward_kernel[(triton.cdiv(means.shape[0], _BLOCK),)](means, quats, opacities, velocity, angular, life, fraction, *out, means.shape[0], gamma, BLOCK=_BLOCK)
+        _forward_kernel[(triton.cdiv(means.shape[0], _BLOCK),)](means, quats, opacities, velocity, angular, life, fraction, *out, means.shape[0], gamma, BLOCK=_BLOCK, FAST=not interpreting())
     return out
 
 
@@ -228,13 +334,13 @@ def _backward_triton(grad_means, grad_quats, grad_opacities, quats, opacities, v
     out = tuple(torch.empty_like(tensor) for tensor in (quats, opacities, velocity, angular, life, fraction))
     with _device_of(quats):
         _backward_kernel[(triton.cdiv(quats.shape[0], _BLOCK),)](grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction, *out,
-                                                                  quats.shape[0], gamma, BLOCK=_BLOCK)
+                                                                  quats.shape[0], gamma, BLOCK=_BLOCK, FAST=not interpreting())
     return (grad_means.clone(), *out)
 
-# %% ../nbs/kernels/gaussian_transition.ipynb #f6462452
-_FORWARD = {"torch": _forward_torch, "triton": _forward_triton}
-_BACKWARD = {"torch": _backward_torch, "triton": _backward_triton}
-_OFFERED = ("reference", "torch", "triton")
+# %% ../nbs/kernels/gaussian_transition.ipynb #ad5c728d
+_FORWARD = {"torch": _forward_torch, "numba": _forward_numba, "triton": _forward_triton}
+_BACKWARD = {"torch": _backward_torch, "numba": _backward_numba, "triton": _backward_triton}
+_OFFERED = ("reference", "torch", "numba", "triton")
 
 
 @torch.library.custom_op(op_name("gaussian_transition", __name__), mutates_args=())
@@ -288,7 +394,7 @@ def gaussian_transition(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"]
         opacities: [N]. velocity: [N, 3] displacement over the whole interval. angular: [N, 3] axis times angle in radians over the whole interval,
             applied from the right (in the Gaussian's own frame). life: [N] life span in [0, 1]. fraction: [N] in [0, 1].
         gamma: decay of the opacity; 10 in the released code.
-        backend: "auto", "reference", "torch" or "triton" (CUDA; refuses float64). float16 and bfloat16 are computed in float32.
+        backend: "auto", "reference", "torch", "numba" (processor) or "triton" (CUDA; refuses float64). float16 and bfloat16 are computed in float32.
 
     Returns:
         means, quats and opacities at the query, each in the dtype of its input; differentiable in all seven tensors.
@@ -318,7 +424,7 @@ def gaussian_transition(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"]
         return gaussian_transition_reference(*tensors.values(), gamma=gamma)
     return _forward_op(*(tensor.contiguous() for tensor in tensors.values()), float(gamma), chosen)
 
-# %% ../nbs/kernels/gaussian_transition.ipynb #dc3146f1
+# %% ../nbs/kernels/gaussian_transition.ipynb #51d2a95f
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -353,9 +459,9 @@ def _entries() -> list[TritonEntry]:
     names = ["means", "quats", "opacities", "velocity", "angular", "life", "fraction"]
     for dtype, pointer in (("float32", "*fp32"), ("bfloat16", "*bf16")):
         forward = {**dict.fromkeys([*names, "out_means", "out_quats", "out_opacities"], pointer), "count": "i32", "gamma": "fp32"}
-        entries.append(TritonEntry(lambda: _forward_kernel, forward, {"BLOCK": _BLOCK}, 4, f"forward {dtype}"))
+        entries.append(TritonEntry(lambda: _forward_kernel, forward, {"BLOCK": _BLOCK, "FAST": True}, 4, f"forward {dtype}"))
         backward = {**dict.fromkeys(["grad_means", "grad_quats", "grad_opacities", *names[1:], *(f"to_{name}" for name in names[1:])], pointer), "count": "i32", "gamma": "fp32"}
-        entries.append(TritonEntry(lambda: _backward_kernel, backward, {"BLOCK": _BLOCK}, 4, f"backward {dtype}"))
+        entries.append(TritonEntry(lambda: _backward_kernel, backward, {"BLOCK": _BLOCK, "FAST": True}, 4, f"backward {dtype}"))
     return entries
 
 
