@@ -6,11 +6,12 @@ Docs: https://papers10.github.io/papers10/02_neoverse/full_scale.html.md"""
 
 # %% auto #0
 __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPACE_FACTOR', 'PATCH', 'SHARD_PATTERN', 'TEXT_FILE',
-           'VAE_FILE', 'TOKENIZER_FOLDER', 'check_video_size', 'token_count', 'ControlInput', 'ControlEmbedding',
-           'check_control', 'ControlBlock', 'WanControlBranch', 'UnsupportedVersion', 'WanControlTransformer',
-           'build_transformer', 'to_vace', 'release_name', 'release_name_umt5', 'KeyReport', 'shard_files',
-           'load_named', 'load_shards', 'read_sizes', 'load_text_encoder', 'load_vae', 'WanParts', 'miniature',
-           'save_release', 'load_release']
+           'VAE_FILE', 'TOKENIZER_FOLDER', 'LORA_TARGETS', 'PROMPT', 'LOW_MEMORY', 'check_video_size', 'token_count',
+           'ControlInput', 'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch',
+           'UnsupportedVersion', 'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name',
+           'release_name_umt5', 'KeyReport', 'shard_files', 'load_named', 'load_shards', 'read_sizes',
+           'load_text_encoder', 'load_vae', 'WanParts', 'miniature', 'save_release', 'load_release', 'load_lora',
+           'set_lora', 'add_lora', 'save_lora', 'clean_text', 'module_bytes', 'WanGenerator', 'store_8bit']
 
 # %% ../../nbs/02_neoverse/15_full_scale.ipynb #763cf3f9
 import copy
@@ -620,3 +621,281 @@ def load_release(folder: str | Path, *, dtype: torch.dtype | None = None, device
     report = load_shards(transformer, folder, strict=strict, dtype=dtype, device=device)
     return WanParts(transformer.eval(), load_vae(folder / VAE_FILE, dtype=dtype, device=device), load_text_encoder(folder / TEXT_FILE, dtype=dtype, device=device),
                     transformers.AutoTokenizer.from_pretrained(str(folder / TOKENIZER_FOLDER))), report
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #ac8a21c7
+LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def load_lora(model: WanControlTransformer, source: str | Path | Mapping[str, Tensor], *, scale: float = 1.0, name: str = "lora") -> int:
+    """Put a LoRA of Wan under the transformer.
+
+    Args:
+        source: safetensors file, or its tensors, in lightx2v's, musubi's or diffusers' form. scale: s. name: of the adapter, for `set_lora`.
+
+    Returns:
+        Number of changed layers. Raises: MissingExtra without diffusers or peft; FileNotFoundError; ValueError when nothing in it fits this model or the name is taken.
+    """
+    need("peft", "flow", "LoRA")
+    mixin = need("diffusers.loaders.lora_pipeline", "flow", "LoRA").WanLoraLoaderMixin
+    if not isinstance(source, Mapping):
+        from safetensors.torch import load_file
+
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"source: expected a safetensors file, got {source}")
+        source = load_file(str(source))
+    if name in getattr(model.base, "peft_config", {}):
+        raise ValueError(f"name: expected a new adapter name, got {name!r} which is there already")
+    weights = mixin.lora_state_dict(dict(source))
+    layers = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in weights}
+    known = dict(model.base.named_modules())
+    strangers = sorted(layer for layer in layers if layer not in known)
+    if not layers or strangers:
+        raise ValueError(f"source: expected a LoRA of this transformer, got {'no layers' if not layers else ', '.join(strangers[:4])}")
+    for layer in layers:
+        down, up = (weights[f"transformer.{layer}.lora_{side}.weight"] for side in "AB")
+        wanted = tuple(known[layer].weight.shape)
+        if (up.shape[0], down.shape[1]) != wanted:
+            raise ValueError(f"source: expected a LoRA for weights {list(wanted)} of {layer}, got {[up.shape[0], down.shape[1]]}")
+    model.base.load_lora_adapter(weights, prefix="transformer", adapter_name=name)
+    model.base.set_adapters([name], [float(scale)])
+    model.base.requires_grad_(False)
+    return len(layers)
+
+
+def set_lora(model: WanControlTransformer, scales: Mapping[str, float]) -> None:
+    """The adapters that are on and how strongly; {} switches all off. Raises ValueError for an unknown name."""
+    for name in scales:
+        check_choice("scales", name, list(getattr(model.base, "peft_config", {})))
+    if scales:
+        model.base.enable_lora()
+        model.base.set_adapters(list(scales), [float(scale) for scale in scales.values()])
+    elif getattr(model.base, "peft_config", {}):
+        model.base.disable_lora()
+
+
+def add_lora(model: WanControlTransformer, rank: int = 64, *, alpha: float | None = None, targets: Sequence[str] = LORA_TARGETS, name: str = "trained", seed: int = 0) -> list[nn.Parameter]:
+    """Trainable low-rank changes of Wan's layers, zero at the start; returns their parameters.
+
+    Args:
+        rank: r >= 1. alpha: α, default r. targets: ends of the names of linear layers inside the blocks.
+
+    Raises: MissingExtra without peft; ValueError.
+    """
+    peft = need("peft", "flow", "LoRA")
+    check_range("rank", rank, 1)
+    wanted = [layer for layer, module in model.base.named_modules() if layer.startswith("blocks.") and isinstance(module, nn.Linear) and layer.endswith(tuple(targets))]
+    if not wanted:
+        raise ValueError(f"targets: expected ends of names such as {', '.join(LORA_TARGETS[:3])}, got {list(targets)}")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=wanted)
+    model.base.add_adapter(config, adapter_name=name)
+    parameters = []
+    for key, parameter in model.base.named_parameters():
+        parameter.requires_grad_(f".{name}." in key)
+        if f".{name}." in key:
+            if ".lora_A." in key:
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator(seed, "lora", key)) / rank**0.5)
+            parameters.append(parameter)
+    return parameters
+
+
+def save_lora(model: WanControlTransformer, file: str | Path, *, name: str = "trained") -> Path:
+    """Write an adapter as safetensors in diffusers' form, which `load_lora` and `WanPipeline.load_lora_weights` read; α/r is put into its weights."""
+    from safetensors.torch import save_file
+
+    peft = need("peft", "flow", "LoRA")
+    config = model.base.peft_config[name]
+    weights = peft.get_peft_model_state_dict(model.base, adapter_name=name)
+    scale = config.lora_alpha / config.r
+    save_file({f"transformer.{key}": (value * scale if ".lora_B." in key else value).detach().cpu().contiguous() for key, value in weights.items()}, str(file))
+    return Path(file)
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #5660f896
+PROMPT = "Fill the missing regions of this video with natural content that fits the rest."
+LOW_MEMORY = ("none", "components", "blocks")
+
+
+def clean_text(text: str) -> str:
+    """A prompt as Wan's tokenizer wants it: mended characters (with ftfy when present), no HTML entities, single spaces."""
+    import html
+
+    from papers10.core.optional import have
+
+    if have("ftfy"):
+        text = need("ftfy", "flow").fix_text(text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of weights and buffers."""
+    return sum(value.numel() * value.element_size() for value in (*module.parameters(), *module.buffers()))
+
+
+class _BlocksInTurn:
+    """Blocks live on the CPU and are on the device only while they compute."""
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
+        self.blocks, self.device, self.handles = list(blocks), device, []
+        self.largest = max(module_bytes(block) for block in self.blocks)
+
+    def __enter__(self) -> "_BlocksInTurn":
+        for block in self.blocks:
+            kept = [(value, value.data.cpu()) for value in (*block.parameters(), *block.buffers())]
+            for value, home in kept:
+                value.data = home
+            self.handles.append(block.register_forward_pre_hook(lambda module, inputs, kept=kept: self._fetch(kept)))
+            self.handles.append(block.register_forward_hook(lambda module, inputs, output, kept=kept: self._leave(kept)))
+        return self
+
+    def _fetch(self, kept) -> None:
+        for value, home in kept:
+            value.data = home.to(self.device, non_blocking=True)
+
+    def _leave(self, kept) -> None:
+        for value, home in kept:
+            value.data = home
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class WanGenerator:
+    """Videos from conditions and prompts.
+
+    Args:
+        parts: of `miniature`, `load_release` or `from_pretrained`. device: where it computes. low_memory: "none" keeps all on the device; "components" brings text encoder,
+        VAE and transformer there one after the other; "blocks" brings the transformer's blocks there one by one. tiling: VAE in tiles of 256 pixels.
+
+    `resident` says after each call which bytes of weights were on the device at each stage.
+    """
+
+    def __init__(self, parts: WanParts, *, device: str | torch.device = "cpu", low_memory: str = "none", tiling: bool = False, max_text: int = 512):
+        check_choice("low_memory", low_memory, LOW_MEMORY)
+        self.parts, self.device, self.low_memory, self.max_text, self.resident = parts, torch.device(device), low_memory, max_text, {}
+        if tiling:
+            parts.vae.enable_tiling()
+        for module in parts[:3]:
+            module.to(self.device if low_memory == "none" else "cpu")
+
+    @contextmanager
+    def _using(self, stage: str, module: nn.Module) -> Iterator[None]:
+        if self.low_memory == "none":
+            self.resident[stage] = sum(map(module_bytes, self.parts[:3]))
+            yield
+        elif self.low_memory == "blocks" and module is self.parts.transformer:
+            blocks = [*module.base.blocks, *module.control.blocks]
+            with _BlocksInTurn(blocks, self.device) as turn:
+                inner = {id(value) for block in blocks for value in (*block.parameters(), *block.buffers())}
+                rest = [value for value in (*module.parameters(), *module.buffers()) if id(value) not in inner]
+                self.resident[stage] = turn.largest + sum(value.numel() * value.element_size() for value in rest)
+                homes = [value.data for value in rest]
+                for value in rest:
+                    value.data = value.data.to(self.device)
+                try:
+                    yield
+                finally:
+                    for value, home in zip(rest, homes):
+                        value.data = home
+        else:
+            self.resident[stage] = module_bytes(module)
+            module.to(self.device)
+            try:
+                yield
+            finally:
+                module.to("cpu")
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "B L text"]:
+        """[B, max_text, dim] of umT5, zeros after the end of each text."""
+        tokens = self.parts.tokenizer([clean_text(prompt) for prompt in prompts], padding="max_length", max_length=self.max_text, truncation=True, add_special_tokens=True, return_attention_mask=True,
+                                      return_tensors="pt")
+        mask = tokens.attention_mask.to(self.device)
+        with self._using("text encoder", self.parts.text_encoder):
+            words = self.parts.text_encoder(tokens.input_ids.to(self.device), mask).last_hidden_state
+        return words * mask[..., None].to(words.dtype)
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.tensor(getattr(self.parts.vae.config, name), device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+
+    @torch.no_grad()
+    def encode_video(self, frames: Float[Tensor, "B T H W 3"], *, signed: bool = False) -> Float[Tensor, "B 16 T2 h w"]:
+        """Latents of frames in [0, 1] (`signed`: in [−1, 1]). Raises ValueError for a size that Wan cannot encode, with the nearest that it can."""
+        check_shape("frames", frames, "B T H W 3")
+        check_video_size(*frames.shape[1:4])
+        pixels = (frames if signed else 2 * frames - 1).movedim(-1, 1).to(self.device, self.parts.vae.dtype)
+        with self._using("VAE", self.parts.vae):
+            latents = self.parts.vae.encode(pixels).latent_dist.mode().float()
+        mean, std = self._scale(latents)
+        return (latents - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B 16 T2 h w"]) -> Float[Tensor, "B T H W 3"]:
+        """Frames in [0, 1] on the CPU, T = 4 (T' − 1) + 1."""
+        latents = latents.to(self.device).float()
+        mean, std = self._scale(latents)
+        with self._using("VAE", self.parts.vae):
+            pixels = self.parts.vae.decode((latents * std + mean).to(self.parts.vae.dtype)).sample
+        return ((pixels.float().movedim(1, -1) + 1) / 2).clamp(0, 1).cpu()
+
+    def encode_conditions(self, conditions: Any) -> ControlInput:
+        """`ControlInput` of `degradation.RenderConditions`. Source: paper §3.2; the exact quantile at every size is ours (the official code takes the maximum above 2²⁴ numbers)."""
+        from papers10.neoverse.degradation import normalize_depth
+
+        conditions.check()
+        depth = normalize_depth(conditions.depth).to(conditions.rgb.dtype)
+        rgb, depth = self.encode_video(conditions.rgb), self.encode_video(depth.expand(*depth.shape[:-1], 3), signed=True)
+        rays = torch.cat([conditions.mask.movedim(-1, 2).to(conditions.rgb.dtype), conditions.plucker().to(conditions.rgb.dtype)], 2).movedim(1, 2)
+        return ControlInput(rgb, depth, rays.to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, conditions: Any = None, prompts: str | Sequence[str] = PROMPT, *, negative: str = "", steps: int = 4, guidance_scale: float = 1.0, control_scale: float | Sequence[float] = 1.0,
+                 shift: float = 5.0, seed: int = 0, size: tuple[int, int, int, int] | None = None, callback: Callable | None = None) -> Float[Tensor, "B T H W 3"]:
+        """Frames in [0, 1].
+
+        Args:
+            conditions: `degradation.RenderConditions`, or None for Wan alone, which then needs `size` = (B, T, H, W). prompts: one, or one a clip. negative: what guidance moves away from.
+            steps, guidance_scale, shift: of the sampler, see `flow.schedule.sigma_grid` and `flow.guidance.Guidance`. control_scale: see `WanControlTransformer`.
+            seed: of the first noise, a stream of its own for each clip of the batch, so that a clip's result does not depend on the others. callback: see `flow.sampler.euler`.
+
+        Raises: ValueError, TypeError for what does not fit.
+        """
+        from papers10.flow.guidance import Guidance
+        from papers10.flow.sampler import euler
+
+        if (conditions is None) == (size is None):
+            raise ValueError("size: expected (B, T, H, W) exactly when there are no conditions")
+        batch, frames, height, width = size if conditions is None else (len(conditions), *conditions.size)
+        check_video_size(frames, height, width)
+        prompts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != batch:
+            raise ValueError(f"prompts: expected {batch}, one a clip, got {len(prompts)}")
+        self.resident = {}
+        guidance = Guidance(guidance_scale)
+        texts = {("condition",): self.encode_text(prompts)}
+        if guidance_scale != 1:
+            texts[()] = self.encode_text([negative] * batch)
+        control = None if conditions is None else self.encode_conditions(conditions)
+        shape = (LATENT_CHANNELS, (frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR)
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, "wan noise", clip)) for clip in range(batch)]).to(self.device)
+        model = self.parts.transformer
+        control = None if control is None else control.to(model.dtype)
+
+        def velocity(x: Tensor, sigma: Tensor, branches: Sequence[tuple[str, ...]]) -> Tensor:
+            words = torch.cat([texts[branch] for branch in branches]).to(model.dtype)
+            count = len(branches)
+            out = model(x.repeat(count, 1, 1, 1, 1).to(model.dtype), (1000 * sigma).expand(count * batch).to(self.device), words, None if control is None else control.repeat(count), control_scale)
+            return out.unflatten(0, (count, batch)).to(x.dtype)
+
+        with self._using("transformer", model):
+            latents = euler(velocity, noise, sigma_grid(steps, shift), guidance=guidance, callback=callback)
+        return self.decode(latents)
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #b5019310
+def store_8bit(model: WanControlTransformer, dtype: torch.dtype | None = None) -> WanControlTransformer:
+    """Keep the frozen transformer's blocks as float8 (e4m3) and compute in `dtype` (default: the model's own). For inference. Raises ValueError when it is so already."""
+    if getattr(model, "_stored_8bit", False):
+        raise ValueError("model: expected weights that are not stored in 8 bits yet")
+    model.base.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype if dtype is None else dtype)
+    model._stored_8bit = True
+    return model
