@@ -25,7 +25,7 @@ from ..splat.cameras import Cameras, look_at
 LAWS = ("linear", "sine", "bounce", "arrive", "depart")
 MOTIONS = ("mixed", *LAWS, "static")
 
-# %% ../../nbs/02_neoverse/01_world.ipynb #77767c39
+# %% ../../nbs/02_neoverse/01_world.ipynb #610a06b3
 _LOW, _HIGH = numpy.array([-2.0, -1.5, -1.2]), numpy.array([2.0, 1.5, 4.0])
 _CENTRE = (0.0, 0.1, 2.0)
 
@@ -117,7 +117,7 @@ def _phase(law: str, t: float, offset: float) -> float:
     if law == "sine":
         return math.sin(2 * math.pi * t + offset)
     if law == "bounce":
-        return 4 * abs((2 * t + offset / (2 * math.pi)) % 1 - 0.5) - 1
+        return 4 * abs((t + offset / (4 * math.pi)) % 1 - 0.5) - 1
     if law == "arrive":
         return 2 * min(2 * t, 1) - 1
     if law == "depart":
