@@ -7,13 +7,16 @@ Docs: https://papers10.github.io/papers10/02_neoverse/full_scale.html.md"""
 # %% auto #0
 __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPACE_FACTOR', 'PATCH', 'SHARD_PATTERN', 'TEXT_FILE',
            'VAE_FILE', 'TOKENIZER_FOLDER', 'LORA_TARGETS', 'PROMPT', 'LOW_MEMORY', 'check_video_size', 'token_count',
-           'ControlInput', 'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch',
-           'UnsupportedVersion', 'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name',
-           'release_name_umt5', 'KeyReport', 'shard_files', 'load_named', 'load_shards', 'read_sizes',
-           'load_text_encoder', 'load_vae', 'WanParts', 'miniature', 'save_release', 'load_release', 'load_lora',
-           'set_lora', 'add_lora', 'save_lora', 'clean_text', 'module_bytes', 'WanGenerator', 'store_8bit']
+           'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch', 'UnsupportedVersion',
+           'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name', 'release_name_umt5', 'KeyReport',
+           'shard_files', 'load_named', 'load_shards', 'read_sizes', 'load_text_encoder', 'load_vae', 'WanParts',
+           'miniature', 'save_release', 'load_release', 'load_lora', 'set_lora', 'add_lora', 'save_lora', 'clean_text',
+           'module_bytes', 'WanGenerator', 'store_8bit', 'ClipFile', 'clip_files', 'count_frames', 'ClipBatch',
+           'TrainingClips', 'FullScale', 'ControlTraining', 'TrainingPair', 'training_pair', 'build_optimizer',
+           'save_control', 'source_folder', 'load_diffusers', 'load_parts', 'load_reconstructor', 'degradation_of',
+           'train_generator']
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #763cf3f9
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #9dd9b66d
 import copy
 import json
 import math
@@ -30,12 +33,20 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..core import distributed
 from ..core.checks import check_choice, check_range, check_shape
-from ..core.config import Config
-from ..core.data import DataMissing
-from ..core.optional import need
-from ..core.random import generator, seeded
+from ..core.config import Config, from_mapping
+from ..core.data import locate, source
+from ..core.loop import LoopConfig, TrainState, train
+from ..core.media import read_video, to_float
+from ..core.optional import have, need
+from ..core.random import generator, numpy_generator, seeded, stream_seed
+from ..flow.guidance import Guidance
+from ..flow.sampler import euler
 from ..flow.schedule import bell_weight, flow_loss, noised, sample_sigma, sigma_grid
+from ..lm.pretraining import FolderLog, own_device
+from .degradation import Degradation, RenderConditions, normalize_depth
+from .generator import ControlInput
 
 # %% ../../nbs/02_neoverse/15_full_scale.ipynb #53d9a646
 # Arguments of diffusers' WanTransformer3DModel, and the layers that get a control block.
@@ -64,23 +75,7 @@ def token_count(frames: int, height: int, width: int) -> int:
     frames, height, width = check_video_size(frames, height, width)
     return ((frames - 1) // TIME_FACTOR + 1) * (height // 16) * (width // 16)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #9eaca112
-class ControlInput(NamedTuple):
-    """What the control branch reads. Fields: rgb and depth latents [B, 16, T', H/8, W/8] (T' = (T−1)/4 + 1), mask_rays [B, 7, T, H, W] = [mask, d, o × d]."""
-
-    rgb: Float[Tensor, "B 16 T2 h w"]
-    depth: Float[Tensor, "B 16 T2 h w"]
-    mask_rays: Float[Tensor, "B 7 T H W"]
-
-    def to(self, *args, **kwargs) -> "ControlInput":
-        """The same on another device or with another dtype."""
-        return ControlInput(*(part.to(*args, **kwargs) for part in self))
-
-    def repeat(self, times: int) -> "ControlInput":
-        """The batch `times` times over, for guidance in one pass."""
-        return ControlInput(*(part.repeat(times, *[1] * (part.ndim - 1)) for part in self))
-
-
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #8d049cd9
 class ControlEmbedding(nn.Module):
     """Conditions to 96 channels on the latent grid.
 
@@ -710,7 +705,7 @@ def save_lora(model: WanControlTransformer, file: str | Path, *, name: str = "tr
     save_file({f"transformer.{key}": (value * scale if ".lora_B." in key else value).detach().cpu().contiguous() for key, value in weights.items()}, str(file))
     return Path(file)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #5660f896
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #56cca9a7
 PROMPT = "Fill the missing regions of this video with natural content that fits the rest."
 LOW_MEMORY = ("none", "components", "blocks")
 
@@ -718,8 +713,6 @@ LOW_MEMORY = ("none", "components", "blocks")
 def clean_text(text: str) -> str:
     """A prompt as Wan's tokenizer wants it: mended characters (with ftfy when present), no HTML entities, single spaces."""
     import html
-
-    from papers10.core.optional import have
 
     if have("ftfy"):
         text = need("ftfy", "flow").fix_text(text)
@@ -838,10 +831,8 @@ class WanGenerator:
             pixels = self.parts.vae.decode((latents * std + mean).to(self.parts.vae.dtype)).sample
         return ((pixels.float().movedim(1, -1) + 1) / 2).clamp(0, 1).cpu()
 
-    def encode_conditions(self, conditions: Any) -> ControlInput:
+    def encode_conditions(self, conditions: RenderConditions) -> ControlInput:
         """`ControlInput` of `degradation.RenderConditions`. Source: paper §3.2; the exact quantile at every size is ours (the official code takes the maximum above 2²⁴ numbers)."""
-        from papers10.neoverse.degradation import normalize_depth
-
         conditions.check()
         depth = normalize_depth(conditions.depth).to(conditions.rgb.dtype)
         rgb, depth = self.encode_video(conditions.rgb), self.encode_video(depth.expand(*depth.shape[:-1], 3), signed=True)
@@ -849,7 +840,7 @@ class WanGenerator:
         return ControlInput(rgb, depth, rays.to(self.device))
 
     @torch.no_grad()
-    def __call__(self, conditions: Any = None, prompts: str | Sequence[str] = PROMPT, *, negative: str = "", steps: int = 4, guidance_scale: float = 1.0, control_scale: float | Sequence[float] = 1.0,
+    def __call__(self, conditions: RenderConditions | None = None, prompts: str | Sequence[str] = PROMPT, *, negative: str = "", steps: int = 4, guidance_scale: float = 1.0, control_scale: float | Sequence[float] = 1.0,
                  shift: float = 5.0, seed: int = 0, size: tuple[int, int, int, int] | None = None, callback: Callable | None = None) -> Float[Tensor, "B T H W 3"]:
         """Frames in [0, 1].
 
@@ -860,9 +851,6 @@ class WanGenerator:
 
         Raises: ValueError, TypeError for what does not fit.
         """
-        from papers10.flow.guidance import Guidance
-        from papers10.flow.sampler import euler
-
         if (conditions is None) == (size is None):
             raise ValueError("size: expected (B, T, H, W) exactly when there are no conditions")
         batch, frames, height, width = size if conditions is None else (len(conditions), *conditions.size)
@@ -879,7 +867,7 @@ class WanGenerator:
         shape = (LATENT_CHANNELS, (frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR)
         noise = torch.stack([torch.randn(shape, generator=generator(seed, "wan noise", clip)) for clip in range(batch)]).to(self.device)
         model = self.parts.transformer
-        control = None if control is None else control.to(model.dtype)
+        control = None if control is None else ControlInput(*(part.to(model.dtype) for part in control))
 
         def velocity(x: Tensor, sigma: Tensor, branches: Sequence[tuple[str, ...]]) -> Tensor:
             words = torch.cat([texts[branch] for branch in branches]).to(model.dtype)
@@ -899,3 +887,410 @@ def store_8bit(model: WanControlTransformer, dtype: torch.dtype | None = None) -
     model.base.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype if dtype is None else dtype)
     model._stored_8bit = True
     return model
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #de55153f
+class ClipFile(NamedTuple):
+    """A video for training. Fields: name, path, caption."""
+
+    name: str
+    path: Path
+    caption: str
+
+
+_PATH_COLUMNS, _CAPTION_COLUMNS = ("video", "file_name", "video path", "path"), ("prompt", "caption", "text")
+
+
+def _first(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str:
+    for column in columns:
+        if row.get(column):
+            return str(row[column])
+    raise ValueError(f"{where}: expected one of the columns {', '.join(columns)}, got {', '.join(map(str, row))}")
+
+
+def _spatialvid(folder: Path, table_file: Path) -> Iterator[ClipFile]:
+    import csv
+
+    with open(table_file, newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            name = row.get("id") or Path(_first(row, _PATH_COLUMNS, f"{table_file.name}, row {number}")).stem
+            given = row.get("video path") or ""
+            group = f"group_{int(row['group id']):04d}" if (row.get("group id") or "").isdigit() else Path(given).parent.name
+            place = next((place for place in (folder / given, folder / "videos" / given, folder / "videos" / group / f"{name}.mp4") if place.is_file()), None)
+            caption = folder / "annotations" / group / name / "caption.json"
+            # Groups are downloaded one by one: what is not there yet is passed over.
+            if place is not None and caption.is_file():
+                words = json.loads(caption.read_text(encoding="utf-8"))
+                yield ClipFile(name, place, str(words.get("SceneDescription") or words.get("SceneSummary") or ""))
+
+
+def clip_files(folder: str | Path) -> list[ClipFile]:
+    """The clips of a folder with their captions, in a fixed order.
+
+    Args:
+        folder: in SpatialVID-HQ's layout (data/train/SpatialVID_HQ_metadata.csv, videos/, annotations/; only groups that are there are read), with metadata.jsonl or metadata.csv
+        (columns video, file_name or path; prompt, caption or text), or of NAME.mp4 with NAME.txt (no caption without it), folders within folders included.
+
+    Raises: FileNotFoundError for no folder or a listed video that is not there; ValueError for no clips or a list without the columns.
+    """
+    import csv
+
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: expected a folder of clips, got {folder}")
+    tables = sorted((folder / "data" / "train").glob("*metadata.csv"))
+    lists = [file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()]
+    if tables:
+        found = list(_spatialvid(folder, tables[0]))
+    elif lists:
+        text = lists[0].read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if lists[0].suffix == ".jsonl" else list(csv.DictReader(text.splitlines()))
+        found = []
+        for number, row in enumerate(rows):
+            where = f"{lists[0].name}, row {number}"
+            place = folder / _first(row, _PATH_COLUMNS, where)
+            if not place.is_file():
+                raise FileNotFoundError(f"{where}: expected a video, got {place} which is not there")
+            found.append(ClipFile(place.stem, place, _first(row, _CAPTION_COLUMNS, where)))
+    else:
+        found = [ClipFile(str(place.relative_to(folder).with_suffix("")), place, place.with_suffix(".txt").read_text(encoding="utf-8").strip() if place.with_suffix(".txt").is_file() else "")
+                 for place in sorted(folder.rglob("*.mp4"))]
+    if not found:
+        raise ValueError(f"folder: expected clips (.mp4) in {folder}, got none")
+    return found
+
+
+def count_frames(path: str | Path) -> int:
+    """Frames of a video file, counted without decoding them. Raises MissingExtra without PyAV; ValueError for no video."""
+    av = need("av", "data", "videos")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"path: expected a video, got {path} ({error})") from None
+
+
+class ClipBatch(NamedTuple):
+    """Fields: number, of the batch; frames [B, T, H, W, 3] in [0, 1]; captions; names; keys, numbers of the key frames, the same for all clips."""
+
+    number: int
+    frames: Float[Tensor, "B T H W 3"]
+    captions: list[str]
+    names: list[str]
+    keys: list[int]
+
+
+class TrainingClips:
+    """Endless batches of clips, each clip once in every round through them; `state_dict` is the number of batches drawn.
+
+    Args:
+        clips: of `clip_files`. frames, height, width: of a sample. batch: clips a batch and process. seed: of order, cuts and key frames. keys: least and largest number of key frames.
+        max_stride: frames of the file a frame of the sample may be apart. reverse: probability of running backwards. rank, world: this process and how many there are.
+
+    Raises: ValueError for a clip with fewer frames than a sample, when it is reached.
+    Source: frames, keys at even distances, stride: official code; reversal: paper, Suppl. B.
+    """
+
+    def __init__(self, clips: Sequence[ClipFile], frames: int, height: int, width: int, *, batch: int = 1, seed: int = 0, keys: tuple[int, int] = (11, 21), max_stride: int = 5, reverse: float = 0.5,
+                 rank: int = 0, world: int = 1):
+        check_video_size(frames, height, width)
+        if not clips:
+            raise ValueError("clips: expected at least one, got none")
+        if not 1 <= keys[0] <= keys[1] <= frames:
+            raise ValueError(f"keys: expected 1 <= least <= largest <= {frames} frames, got {tuple(keys)}")
+        check_range("reverse", reverse, 0, 1)
+        check_range("max_stride", max_stride, 1)
+        self.clips, self.frames, self.size, self.batch, self.seed, self.keys = list(clips), frames, (height, width), batch, seed, tuple(keys)
+        self.max_stride, self.reverse, self.rank, self.world, self.drawn, self._counts = max_stride, reverse, rank, world, 0, {}
+
+    def __iter__(self) -> "TrainingClips":
+        return self
+
+    def sample(self, index: int) -> tuple[ClipFile, Float[Tensor, "T H W 3"]]:
+        """The clip and frames of sample number `index`."""
+        round_, place = divmod(index, len(self.clips))
+        clip = self.clips[int(numpy_generator(self.seed, "clip order", round_).permutation(len(self.clips))[place])]
+        if clip.path not in self._counts:
+            self._counts[clip.path] = count_frames(clip.path)
+        count = self._counts[clip.path]
+        if count < self.frames:
+            raise ValueError(f"clips: expected at least {self.frames} frames, got {count} in {clip.name}")
+        draw = numpy_generator(self.seed, "clip cut", index)
+        stride = min(self.max_stride, (count - 1) // max(self.frames - 1, 1)) or 1
+        span = stride * (self.frames - 1) + 1
+        video = read_video(clip.path, start=int(draw.integers(count - span + 1)), max_frames=span, size=self.size)
+        frames = video.frames[::stride]
+        if len(frames) < self.frames:
+            raise ValueError(f"clips: expected {self.frames} frames, could decode {len(frames)} of {clip.name}")
+        return clip, to_float(frames.flip(0) if draw.random() < self.reverse else frames)
+
+    def __next__(self) -> ClipBatch:
+        first = (self.drawn * self.world + self.rank) * self.batch
+        found = [self.sample(first + place) for place in range(self.batch)]
+        count = int(numpy_generator(self.seed, "key frames", self.drawn).integers(self.keys[0], self.keys[1] + 1))
+        keys = sorted({round(value) for value in torch.linspace(0, self.frames - 1, count).tolist()})
+        self.drawn += 1
+        return ClipBatch(self.drawn - 1, torch.stack([frames for _, frames in found]), [clip.caption for clip, _ in found], [clip.name for clip, _ in found], keys)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a position."""
+        self.drawn = int(state["drawn"])
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #def7352a
+class FullScale(Config):
+    """One run at full scale; the defaults are the paper's where it says them.
+
+    stage: "train_gen" trains the control branch; "infer" only loads and generates. generator: "mini", a size in `WAN_SIZES` with random weights, a data name (neoverse, wan2.1-t2v-14b,
+    wan2.1-t2v-1.3b) or a folder in the release's or in diffusers' layout; a folder without a branch gets a new one. control_layers: None as its size. reconstructor: "tiny" (ships with the
+    library), "random", or a folder. lora: safetensors file for inference. data: folder of `clip_files` or spatialvid-hq.
+    num_keyframes: least and largest. iterations, lr (constant), weight_decay, batch (clips a GPU), accumulate, clip_norm: of training. trans, cull_prob, kernels, mild_prob, distance_unit: of
+    `Degradation`, kernels in pixels (least, largest) or None for shares of the width. prompt_drop, mask_drop, cond_drop, reverse_p: probabilities.
+    steps, guidance, shift: of sampling; shift of training too. precision: of the frozen parts and of autocast; the branch is kept in float32. optimizer: "adamw8bit" needs bitsandbytes.
+    low_memory: see `WanGenerator`; training keeps the transformer on the device. devices, strategy: as `lm.pretraining.launch`.
+    """
+
+    stage: Literal["train_gen", "infer"] = "train_gen"
+    generator: str = "neoverse"
+    control_layers: tuple[int, ...] | None = None
+    reconstructor: str = "tiny"
+    lora: str | None = None
+    data: str = "spatialvid-hq"
+    width: int = 560
+    height: int = 336
+    num_frames: int = 81
+    num_keyframes: tuple[int, int] = (11, 21)
+    max_stride: int = Field(default=5, ge=1)
+    iterations: int = Field(default=50_000, ge=1)
+    lr: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    batch: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    clip_norm: float | None = 1.0
+    trans: tuple[float, float] = (0.01, 0.1)
+    cull_prob: float = Field(default=0.3, ge=0, le=1)
+    kernels: tuple[int, int] | None = (11, 51)
+    mild_prob: float = Field(default=0.0, ge=0, le=1)
+    distance_unit: Literal["scene", "median_depth"] = "scene"
+    prompt_drop: float = Field(default=0.1, ge=0, le=1)
+    mask_drop: float = Field(default=0.2, ge=0, le=1)
+    cond_drop: float = Field(default=0.05, ge=0, le=1)
+    reverse_p: float = Field(default=0.5, ge=0, le=1)
+    steps: int = Field(default=4, ge=1)
+    guidance: float = 1.0
+    shift: float = Field(default=5.0, gt=0)
+    max_text: int = Field(default=512, ge=1)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    low_memory: Literal["none", "components", "blocks"] = "none"
+    devices: int = Field(default=32, ge=1)
+    strategy: Literal["single", "ddp", "slurm"] = "ddp"
+    device: str = "cuda"
+    seed: int = Field(default=0, ge=0)
+    save_every: int = Field(default=500, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    max_seconds: float | None = None
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "papers10"
+
+    def label(self) -> str:
+        """Short name of the run."""
+        return f"neoverse-{self.stage}-{Path(self.generator).name}-{self.seed}"
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the numbers: all but where and how it runs."""
+        return self.model_dump(mode="json", exclude={"devices", "strategy", "device", "low_memory", "save_every", "log_every", "max_seconds", "wandb", "wandb_project", "iterations"})
+
+
+class ControlTraining(nn.Module):
+    """What trains: the control branch alone; everything frozen is kept outside of the module, so that checkpoints and gradient averaging see the branch only.
+
+    `forward(latents, noise, sigma, words, control) -> loss`, see `flow.schedule.flow_loss`.
+    """
+
+    def __init__(self, model: WanControlTransformer, shift: float = 5.0):
+        super().__init__()
+        self.control = model.control
+        self._whole = (model,)
+        self.grid = sigma_grid(1000, shift, False)
+
+    def forward(self, latents: Tensor, noise: Tensor, sigma: Tensor, words: Tensor, control: ControlInput) -> Tensor:
+        predicted = self._whole[0](noised(latents, noise, sigma), 1000 * sigma, words, control)
+        return flow_loss(predicted.float(), noise, latents, weight=bell_weight(sigma, grid=self.grid.to(sigma.device)))
+
+
+class TrainingPair(NamedTuple):
+    """What the loss needs of a batch. Fields: latents of the true frames; words; control; conditions as rendered, after drop-out; prompts; numbers to be logged."""
+
+    latents: Tensor
+    words: Tensor
+    control: ControlInput
+    conditions: RenderConditions
+    prompts: list[str]
+    numbers: dict[str, float]
+
+
+@torch.no_grad()
+def training_pair(batch: ClipBatch, generate: WanGenerator, reconstructor: Callable, degradation: Degradation, settings: FullScale) -> TrainingPair:
+    """Conditions, latents and words of a batch of clips: reconstruct the key frames, degrade, render all frames, drop, encode.
+
+    Args:
+        reconstructor: `neoverse.reconstructor.NeoVerseReconstructor` or anything with its `forward`.
+    """
+    device = generate.device
+    frames = batch.frames.to(device)
+    times = torch.arange(frames.shape[1], dtype=torch.float64).expand(len(frames), -1)
+    found = reconstructor(frames[:, batch.keys].movedim(-1, 2), times[:, batch.keys].to(device))
+    name = stream_seed(settings.seed, "batch", batch.number, distributed.rank())
+    conditions = degradation(found.gaussians, found.camtoworlds, found.Ks, found.gs_depth, frames, batch.keys, times.to(device), seed=name)
+    conditions = conditions.to(torch.float32)
+    covered = float(conditions.mask[:, batch.keys].mean())
+    conditions, prompts = conditions.drop(name, batch.captions, p_prompt=settings.prompt_drop, p_mask=settings.mask_drop, p_condition=settings.cond_drop)
+    scenes = degradation.last
+    numbers = {"kept": sum(scene.kept for scene in scenes) / len(scenes), "culled": sum(scene.kind == "culling" for scene in scenes) / len(scenes),
+               "kernel": sum(scene.kernel for scene in scenes) / len(scenes), "mask": covered, "keys": float(len(batch.keys))}
+    return TrainingPair(generate.encode_video(frames), generate.encode_text(prompts), generate.encode_conditions(conditions), conditions, prompts, numbers)
+
+
+def build_optimizer(module: nn.Module, settings: FullScale) -> torch.optim.Optimizer:
+    """AdamW of torch, or the one of bitsandbytes with 8-bit moments. Raises ImportError with the command for a missing bitsandbytes."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if settings.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ImportError("optimizer='adamw8bit' needs bitsandbytes, which is in no extra: pip install bitsandbytes") from None
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=parameters[0].is_cuda)
+
+
+def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
+    """Write the branch alone under the release's names, for `load_shards(model, folder, part="control")`."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / ".part.safetensors"
+    save_file({release_name(f"control.{name}"): value.detach().cpu().contiguous() for name, value in model.control.state_dict().items()}, str(part))
+    part.replace(folder / "diffusion_pytorch_model.safetensors")
+    return folder / "diffusion_pytorch_model.safetensors"
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #a6afd84f
+def source_folder(name: str) -> Path:
+    """The folder of a local path or of a data name, whose licence is printed.
+
+    Raises: DataMissing with the command that fetches it; LicenceNotAccepted from that command, never here.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    item = source(name)
+    print(f"{item.name}: {item.title}\nlicence: {item.licence}" + ("" if item.gate == "none" else f" ({item.gate}: its terms were accepted with the download)"))
+    return locate(item.name)
+
+
+def load_diffusers(folder: str | Path, *, control_layers: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> WanParts:
+    """Wan in diffusers' layout (folders transformer, vae, text_encoder, tokenizer) with a new control branch. Raises MissingExtra, OSError."""
+    diffusers, transformers = need("diffusers", "flow", "the Wan models"), need("transformers", "flow", "the text encoder umT5")
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    folder = str(folder)
+    base = diffusers.WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", **options)
+    vae = diffusers.AutoencoderKLWan.from_pretrained(folder, subfolder="vae", **options)
+    text = transformers.UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", **({} if dtype is None else {"dtype": dtype}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    return WanParts(WanControlTransformer(base.eval(), control_layers), vae.eval().requires_grad_(False), text.eval().requires_grad_(False), tokenizer)
+
+
+def load_parts(settings: FullScale) -> WanParts:
+    """The generator that `settings.generator` names, its LoRA put in when there is one.
+
+    Raises: DataMissing, FileNotFoundError, MissingExtra, ValueError: see `source_folder`, `load_release`, `load_diffusers`, `load_lora`.
+    """
+    dtype = {"float32": None, "bfloat16": torch.bfloat16}[settings.precision]
+    if settings.generator == "mini":
+        parts = miniature(settings.seed, control_layers=settings.control_layers or CONTROL_LAYERS["mini"])
+        if dtype is not None:
+            for module in (parts.transformer.base, parts.vae, parts.text_encoder):
+                module.to(dtype)
+    else:
+        folder = source_folder(settings.generator)
+        if (folder / "transformer").is_dir():
+            parts = load_diffusers(folder, control_layers=settings.control_layers, dtype=dtype)
+        else:
+            parts, report = load_release(folder, dtype=dtype)
+            print(f"{folder.name}: {report}")
+    if settings.lora is not None:
+        print(f"LoRA: {load_lora(parts.transformer, settings.lora)} layers of {Path(settings.lora).name}")
+    return parts
+
+
+def load_reconstructor(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
+    """The frozen reconstructor: "tiny", "random", or a folder of `NeoVerseReconstructor.save_pretrained`. Raises FileNotFoundError."""
+    from papers10.neoverse.reconstructor import NeoVerseReconstructor, ReconstructorConfig
+
+    if name == "tiny":
+        model = NeoVerseReconstructor.load_tiny()
+    elif name == "random":
+        model = seeded(seed, "reconstructor", lambda: NeoVerseReconstructor(ReconstructorConfig.tiny()))
+    else:
+        model = NeoVerseReconstructor.from_pretrained(source_folder(name))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def degradation_of(settings: FullScale) -> Degradation:
+    """The `Degradation` of the settings."""
+    kernels = None if settings.kernels is None else range(settings.kernels[0], settings.kernels[1] + 1)
+    return Degradation(settings.trans, cull_prob=settings.cull_prob, kernels=kernels, mild_prob=settings.mild_prob, distance_unit=settings.distance_unit)
+
+
+def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Train the control branch; every process of a launch calls this. A second call on the folder goes on from its newest checkpoint.
+
+    Returns:
+        {"loss", "first_loss": means over the last and the first tenth of the records, "steps", "skipped", "seconds_per_step", "peak_gb" or None, "trained": numbers that train, "frozen"}. In
+        `folder`: checkpoints, logs, result.json, and the branch under the release's names in `control/`.
+
+    Raises: CheckpointMismatch for a folder of other settings; what `load_parts`, `load_reconstructor` and `clip_files` raise.
+    Source: paper §4.1, Suppl. B; official train.yaml.
+    """
+    settings = settings if isinstance(settings, FullScale) else from_mapping(FullScale, dict(settings))
+    distributed.connect()
+    device, log = own_device(settings), FolderLog(Path(folder), settings)
+    parts = load_parts(settings)
+    generate = WanGenerator(parts, device=device, low_memory=settings.low_memory, max_text=settings.max_text)
+    model = parts.transformer.to(device).enable_checkpointing(settings.gradient_checkpointing)
+    model.control.float()
+    reconstructor, degradation = load_reconstructor(settings.reconstructor, device, settings.seed), degradation_of(settings)
+    files = clip_files(source_folder(settings.data))
+    batches = TrainingClips(files, settings.num_frames, settings.height, settings.width, batch=settings.batch, seed=settings.seed, keys=settings.num_keyframes, max_stride=settings.max_stride,
+                            reverse=settings.reverse_p, rank=distributed.rank(), world=distributed.world_size())
+    training = ControlTraining(model, settings.shift).to(device)
+    state = TrainState(training, build_optimizer(training, settings), batches=batches, config={"settings": settings.deciding(), "world": distributed.world_size()})
+
+    def step_fn(current: TrainState, batch: ClipBatch) -> dict[str, Any]:
+        with torch.autocast(device.type, enabled=False):
+            pair = training_pair(batch, generate, reconstructor, degradation, settings)
+        draw = generator(settings.seed, "flow", batch.number, distributed.rank())
+        sigma = sample_sigma(len(pair.latents), "table", table=training.grid, generator=draw).to(device)
+        noise = torch.randn(pair.latents.shape, generator=draw).to(device)
+        loss = current.model(pair.latents, noise, sigma, pair.words, pair.control)
+        return {"loss": loss, "sigma": sigma.mean(), **pair.numbers}
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    config = LoopConfig(steps=settings.iterations, accumulate=settings.accumulate, clip_norm=settings.clip_norm, log_every=settings.log_every, save_every=settings.save_every,
+                        amp="bf16" if settings.precision == "bfloat16" else None, max_seconds=settings.max_seconds, seed=settings.seed)
+    history = train(state, step_fn, config, run=log, name="generator")
+    losses = [record["loss"] for record in history.records if record.get("loss") is not None]
+    tenth = max(1, len(losses) // 10)
+    if distributed.rank() == 0:
+        save_control(model, Path(folder) / "control")
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters())  # noqa: E731
+    result = {"loss": history.tail("loss"), "first_loss": sum(losses[:tenth]) / tenth if losses else None, "steps": state.step, "skipped": history.skipped,
+              "seconds_per_step": history.seconds / max(state.step, 1), "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+              "trained": count(training), "frozen": sum(map(count, (model.base, parts.vae, parts.text_encoder, reconstructor)))}
+    distributed.barrier()
+    return log.finish(result)
