@@ -218,7 +218,7 @@ def _compose(keyframes: Sequence, num_frames: int, interpolation: str) -> tuple[
             factors.append(zoom)
     return torch.stack(found), torch.tensor(factors, dtype=torch.float64), times
 
-# %% ../../nbs/02_neoverse/11_trajectories.ipynb #318545de
+# %% ../../nbs/02_neoverse/11_trajectories.ipynb #42c113b3
 @dataclass(frozen=True, eq=False)
 class CameraTrajectory:
     """A path of T cameras, with zoom and a map of time.
@@ -482,6 +482,19 @@ class CameraTrajectory:
 
     # Using one.
 
+    def _source_at(self, source: Tensor, moments: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pose, time and intrinsics of a source of several frames at each frame of this trajectory."""
+        if self.time_map is None and len(self) == len(source):
+            return source, moments.clone(), Ks
+        share = torch.linspace(0, 1, len(self), dtype=torch.float64) if self.time_map is None else self.time_map
+        when = (moments[0] + share.to(moments.device) * (moments[-1] - moments[0])).clamp(moments[0], moments[-1])
+        near = (moments[None] - when[:, None]).abs().argmin(1)
+        # A moment that is a frame of the source but for rounding is that frame.
+        when = torch.where((when - moments[near]).abs() <= 1e-9 * (moments[-1] - moments[0]), moments[near], when)
+        low = (torch.searchsorted(moments, when, right=True) - 1).clamp(0, len(source) - 2)
+        part = (when - moments[low]) / (moments[low + 1] - moments[low])
+        return interpolate_poses(source, moments, when), when, Ks[low] + part[:, None, None].to(Ks) * (Ks[low + 1] - Ks[low])
+
     def apply(self, camtoworlds: Float[Tensor, "source 4 4"], times: Float[Tensor, "source"], Ks: Float[Tensor, "source 3 3"], *, static: bool = False, median_depth: float | None = None,
               metric_scale: float | None = None) -> AppliedTrajectory:
         """The cameras of the new film over the cameras of the source.
@@ -518,15 +531,7 @@ class CameraTrajectory:
         elif count == 1:
             base, when, inner = source.expand(frames, 4, 4), moments.expand(frames).clone(), Ks.expand(frames, 3, 3)
         else:
-            share = torch.linspace(0, 1, frames, dtype=torch.float64) if self.time_map is None else self.time_map
-            place = share.to(source.device) * (count - 1)
-            # A place that is a frame of the source but for rounding is that frame.
-            place = torch.where((place - place.round()).abs() < 1e-9, place.round(), place)
-            low = place.floor().long().clamp(0, count - 2)
-            part = place - low
-            when = moments[low] + part * (moments[low + 1] - moments[low])
-            inner = Ks[low] + part[:, None, None].to(Ks) * (Ks[low + 1] - Ks[low])
-            base = _between(source, list(range(count)), place, "linear")
+            base, when, inner = self._source_at(source, moments, Ks)
         poses = own if self.mode == "global" else base @ own
         inner = inner.clone()
         if self.zoom is not None:
