@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/cameras.html.md"""
 # %% auto #0
 __all__ = ['MODELS', 'ASPECTS', 'Cameras', 'ortho_cameras', 'pinhole_cameras', 'look_at', 'orbit', 'project_points',
            'check_poses', 'make_poses', 'invert_poses', 'se3_exp', 'se3_log', 'rays', 'pluecker', 'unproject',
-           'interpolate_poses', 'turntable', 'Sim3', 'umeyama_sim3', 'align_poses']
+           'interpolate_poses', 'turntable', 'frustum_lines', 'Sim3', 'umeyama_sim3', 'align_poses']
 
 # %% ../../nbs/shared/splat/cameras.ipynb #6e39329c
 import math
@@ -397,6 +397,24 @@ def turntable(yaws, pitch=0.0, radius=2.0, fov=math.radians(40), *, width: int =
     zero, one = torch.zeros_like(focal), torch.ones_like(focal)
     Ks = torch.stack([focal, zero, one * width / 2, zero, focal, one * height / 2, zero, zero, one], -1).unflatten(-1, (3, 3))
     return Cameras(look_at(target + radius[:, None] * offset, target, upward), Ks, width, height).check()
+
+# %% ../../nbs/shared/splat/cameras.ipynb #c24fadad
+def frustum_lines(cameras: Cameras, size: float = 0.1) -> Float[Tensor, "view 8 2 3"]:
+    """Line pieces [V, 8, 2, 3], in the world, of a pyramid for each camera: from its centre to the corners of a picture at depth `size`, and around it.
+
+    An orthographic one is drawn as a box.
+
+    Raises ValueError for a size not above 0.
+    """
+    check_range("size", size, 0, open=True)
+    w, h = cameras.width, cameras.height
+    corner = cameras.viewmats.new_tensor([[0.0, 0], [w, 0], [w, h], [0, h]])
+    plane = (corner - cameras.Ks[:, None, :2, 2]) / torch.diagonal(cameras.Ks, dim1=1, dim2=2)[:, None, :2]
+    far = torch.cat([plane * size if cameras.model == "pinhole" else plane, torch.full_like(plane[..., :1], size)], -1)
+    near = torch.zeros_like(far) if cameras.model == "pinhole" else far * far.new_tensor([1.0, 1, 0])
+    local = torch.cat([torch.stack([near, far], 2), torch.stack([far, far.roll(-1, 1)], 2)], 1)
+    poses = cameras.camtoworlds
+    return local @ poses[:, None, :3, :3].mT + poses[:, None, None, :3, 3]
 
 # %% ../../nbs/shared/splat/cameras.ipynb #b32dc6f4
 class Sim3(NamedTuple):

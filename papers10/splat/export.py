@@ -7,9 +7,9 @@ Docs: https://papers10.github.io/papers10/shared/splat/export.html.md"""
 # %% auto #0
 __all__ = ['save_ply', 'load_ply', 'save_splat', 'load_splat', 'save_scene', 'load_scene', 'save_sequence', 'load_sequence',
            'CameraFile', 'save_cameras', 'load_cameras', 'ColmapModel', 'save_colmap', 'load_colmap', 'Points',
-           'save_points', 'load_points', 'frustum_lines', 'save_glb', 'load_glb', 'save_depth', 'load_depth']
+           'save_points', 'load_points', 'save_glb', 'load_glb', 'save_depth', 'load_depth']
 
-# %% ../../nbs/shared/splat/export.ipynb #87c418c8
+# %% ../../nbs/shared/splat/export.ipynb #41fb235c
 import json
 import math
 import re
@@ -30,7 +30,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_finite, check_range, check_shape
 from ..core.optional import need
 from ..core.results import write_atomic
-from .cameras import Cameras, check_poses, invert_poses, make_poses
+from .cameras import Cameras, check_poses, frustum_lines, invert_poses, make_poses
 from .gaussians import SH0, Gaussians
 from .rotations import matrix_to_quat, quat_to_matrix
 
@@ -749,21 +749,8 @@ def _load_obj(path: Path) -> Points:
         raise ValueError(f"path: expected faces of {len(table)} vertices in {path}, got {int(faces.min())}..{int(faces.max())}")
     return Points(check_finite("points", table), colors, faces)
 
-# %% ../../nbs/shared/splat/export.ipynb #a8cebe41
+# %% ../../nbs/shared/splat/export.ipynb #a633d8fc
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # between our axes and glTF's, either way
-
-
-def frustum_lines(cameras: Cameras, size: float = 0.1) -> Tensor:
-    """Line pieces [V, 8, 2, 3], in the world, of a pyramid for each camera: from its centre to the corners of a picture at depth `size`, and around it. The depth of an orthographic one is drawn too."""
-    check_range("size", size, 0, open=True)
-    w, h = cameras.width, cameras.height
-    corner = cameras.viewmats.new_tensor([[0.0, 0], [w, 0], [w, h], [0, h]])
-    plane = (corner - cameras.Ks[:, None, :2, 2]) / torch.diagonal(cameras.Ks, dim1=1, dim2=2)[:, None, :2]
-    far = torch.cat([plane * size if cameras.model == "pinhole" else plane, torch.full_like(plane[..., :1], size)], -1)
-    near = torch.zeros_like(far) if cameras.model == "pinhole" else far * far.new_tensor([1.0, 1, 0])
-    local = torch.cat([torch.stack([near, far], 2), torch.stack([far, far.roll(-1, 1)], 2)], 1)
-    poses = cameras.camtoworlds
-    return local @ poses[:, None, :3, :3].mT + poses[:, None, None, :3, 3]
 
 
 def save_glb(path, *, points=None, colors=None, faces=None, cameras: Cameras | None = None, size: float | None = None) -> Path:

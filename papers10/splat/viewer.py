@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/viewer.html.md"""
 # %% auto #0
 __all__ = ['static_page', 'show']
 
-# %% ../../nbs/shared/splat/viewer.ipynb #9cc6bee3
+# %% ../../nbs/shared/splat/viewer.ipynb #7db02e67
 import base64
 import html
 import json
@@ -23,8 +23,9 @@ import torch
 from ..core.checks import check_choice, check_finite, check_range
 from ..core.optional import need
 from ..core.results import write_atomic
+from .cameras import Cameras, check_poses, frustum_lines
 from .gaussians import Gaussians
-from .rotations import quat_to_matrix
+from .rotations import matrix_to_quat, quat_to_matrix
 
 _FOV = math.radians(50)  # horizontal
 
@@ -53,16 +54,37 @@ def _times(times: Any, count: int | None = None) -> list[float]:
     return values
 
 
-def _first_view(sets: Sequence[Gaussians]) -> tuple[list[float], float]:
-    """Where the first camera looks, and from how far away, in the direction of +z: so that a box around all but the outermost 2 % of the centres is in a picture of 4:3."""
+def _cameras(cameras: Any, camera_times: Any) -> tuple[Cameras | None, list[float] | None]:
+    """Checked views in float64 on the processor, and their times."""
+    if cameras is None:
+        if camera_times is not None:
+            raise ValueError("cameras: expected Cameras with camera_times, got None")
+        return None, None
+    if not isinstance(cameras, Cameras):
+        raise TypeError(f"cameras: expected Cameras, got {type(cameras).__name__}")
+    own = cameras.to("cpu").to(torch.float64).check()._replace(viewmats=check_poses("cameras.viewmats", cameras.viewmats.detach().to("cpu", torch.float64)))
+    if camera_times is None:
+        return own, None
+    values = check_finite("camera_times", np.array([float(time) for time in camera_times])).tolist()
+    if len(values) != own.count:
+        raise ValueError(f"camera_times: expected {own.count}, one a view, got {len(values)}")
+    return own, values
+
+
+def _first_view(sets: Sequence[Gaussians], cameras: Cameras | None = None) -> tuple[list[float], float]:
+    """Where the first camera looks, and from how far away, in the direction of +z: so that a box around all but the outermost 2 % of the centres is in a picture of 4:3, and all cameras."""
     means = torch.cat([own.means for own in sets])
+    if cameras is not None and cameras.count:
+        target, distance = _first_view(sets)
+        near = torch.cat([means.new_tensor([target]), cameras.camtoworlds[:, :3, 3]])
+        return target, max(distance, float((near - near[0]).norm(dim=-1).max()) * 1.1 / (0.75 * math.tan(_FOV / 2)))
     if not len(means):
         return [0.0, 0.0, 0.0], 1.0
     low, high = means.quantile(torch.tensor([0.01, 0.99], dtype=means.dtype), 0) if len(means) < 1_000_000 else (means.amin(0), means.amax(0))
     reach = float((high - low).norm()) / 2 + 2 * float(torch.cat([own.scales.amax(-1) for own in sets]).median())
     return ((low + high) / 2).tolist(), max(reach / (0.75 * math.tan(_FOV / 2)), 1e-6)
 
-# %% ../../nbs/shared/splat/viewer.ipynb #17a6ca0f
+# %% ../../nbs/shared/splat/viewer.ipynb #aed00a46
 _PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{TITLE}}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
@@ -77,7 +99,7 @@ output{min-width:5em;font-variant-numeric:tabular-nums}p{margin:.2em 0;color:#55
 </style></head><body><main>
 <canvas id="view" width="480" height="360" tabindex="0" role="img" aria-label="{{TITLE}}"></canvas>
 <div class="row" id="bar"><button id="play">Play</button><input id="time" type="range" min="0" max="0" step="1" value="0" aria-label="time"><output id="now"></output></div>
-<p>Drag turns, the wheel or + and − come closer, shift and drag moves. <button id="home">First view</button> <span id="count"></span></p>
+<p>Drag turns, the wheel or + and − come closer, shift and drag moves. <button id="home">First view</button> <label id="frusta" hidden><input id="cameras" type="checkbox" checked> cameras</label> <span id="count"></span></p>
 </main><script>
 "use strict";
 const scene = {{SCENE}};
@@ -85,7 +107,7 @@ const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
 const kinds = {f: Float32Array, b: Uint8Array};
 const blobs = scene.blobs.map(([kind, text]) => new kinds[kind](bytes(text)));
 const canvas = document.getElementById("view"), context = canvas.getContext("2d");
-const slider = document.getElementById("time"), now = document.getElementById("now"), play = document.getElementById("play");
+const slider = document.getElementById("time"), now = document.getElementById("now"), play = document.getElementById("play"), cameras = document.getElementById("cameras");
 const first = () => ({target: scene.target.slice(), distance: scene.distance, yaw: 0, pitch: 0});
 let view = first(), quality = 1, timer = 0, waiting = false;
 
@@ -150,10 +172,35 @@ function paint(width, height) {
   }
   return image;
 }
+function frusta(width, height) {
+  if (!scene.cameras || !cameras.checked) return;
+  const {yaw, pitch, distance, target} = view, focal = width / 2 / Math.tan(scene.fov / 2), ortho = scene.model === "ortho", close = 0.01 * scene.distance;
+  const right = [Math.cos(yaw), 0, -Math.sin(yaw)], ahead = [Math.sin(yaw) * Math.cos(pitch), Math.sin(pitch), Math.cos(yaw) * Math.cos(pitch)];
+  const down = [ahead[1] * right[2] - ahead[2] * right[1], ahead[2] * right[0] - ahead[0] * right[2], ahead[0] * right[1] - ahead[1] * right[0]];
+  const local = (p, k) => [right, down, ahead].map((a, i) => a[0] * (p[k] - target[0]) + a[1] * (p[k+1] - target[1]) + a[2] * (p[k+2] - target[2]) + (i === 2 ? distance : 0));
+  const {lines, times} = scene.cameras, time = scene.times[+slider.value];
+  const now = times ? times.reduce((best, t, i) => Math.abs(t - time) < Math.abs(times[best] - time) ? i : best, 0) : -1;
+  lines.forEach((line, i) => {
+    context.strokeStyle = i === now ? "#d55e00" : "#0072b2"; context.lineWidth = (i === now ? 2 : 1) * width / 480;
+    context.beginPath();
+    for (let k = 0; k < line.length; k += 6) {
+      let a = local(line, k), b = local(line, k + 3);
+      if (a[2] < close && b[2] < close) continue;
+      if (a[2] < close || b[2] < close) {
+        const s = (close - a[2]) / (b[2] - a[2]), cut = a.map((value, j) => value + s * (b[j] - value));
+        if (a[2] < close) a = cut; else b = cut;
+      }
+      const at = p => [width / 2 + focal * p[0] / (ortho ? distance : p[2]), height / 2 + focal * p[1] / (ortho ? distance : p[2])];
+      context.moveTo(...at(a)); context.lineTo(...at(b));
+    }
+    context.stroke();
+  });
+}
 function draw(full) {
   const started = performance.now(), scale = full ? 1 : quality;
   canvas.width = Math.round(480 * scale); canvas.height = Math.round(360 * scale);
   context.putImageData(paint(canvas.width, canvas.height), 0, 0);
+  frusta(canvas.width, canvas.height);
   const spent = performance.now() - started;
   if (!full) quality = Math.min(1, Math.max(0.2, quality * Math.sqrt(50 / Math.max(spent, 1))));
   const frame = +slider.value;
@@ -188,6 +235,8 @@ canvas.addEventListener("keydown", event => {
 });
 slider.max = scene.frames.length - 1;
 slider.addEventListener("input", soon);
+cameras.addEventListener("change", soon);
+document.getElementById("frusta").hidden = !scene.cameras;
 document.getElementById("home").addEventListener("click", () => { view = first(); soon(); });
 play.addEventListener("click", () => {
   if (timer) { clearInterval(timer); timer = 0; } else timer = setInterval(() => { slider.value = (+slider.value + 1) % scene.frames.length; soon(); }, 100);
@@ -199,7 +248,8 @@ draw(true);
 """
 
 
-def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[float] | None = None, model: str = "pinhole", title: str = "Gaussians") -> Path:
+def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[float] | None = None, model: str = "pinhole", title: str = "Gaussians",
+                cameras: Cameras | None = None, camera_times: Sequence[float] | None = None) -> Path:
     """Write one HTML file that draws the primitives and needs no network: drag to turn, wheel to come closer, a slider for the time.
 
     Args:
@@ -208,6 +258,8 @@ def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[
         times: [T] increasing numbers in any unit, evenly in [0, 1] when not given.
         model: "pinhole" (50 degrees wide) or "ortho", for scenes that were fitted without perspective.
         title: of the page.
+        cameras: views to draw as pyramids, which a box on the page hides.
+        camera_times: [V] one a view; the one nearest to the slider's time stands out.
 
     Returns:
         The path. The file has about 90 bytes a primitive and time, less what does not change (a fifth of it, and all of it for what stands still).
@@ -216,7 +268,8 @@ def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[
 
     Raises:
         TypeError: something else than `Gaussians`.
-        ValueError: no set, a set that no renderer can use, other than three colour channels, times that do not increase or are not one a set, another `model`.
+        ValueError: no set, a set that no renderer can use, other than three colour channels, times that do not increase or are not one a set, another `model`, cameras that are not
+            rigid, camera_times that are not one a view.
     """
     check_choice("model", model, ("pinhole", "ortho"))
     if isinstance(sets, Gaussians):
@@ -225,6 +278,7 @@ def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[
     if not sets:
         raise ValueError("sets: expected at least one set of Gaussians, got none")
     values = _times(np.linspace(0, 1, len(sets)) if times is None else times, len(sets))
+    cameras, camera_times = _cameras(cameras, camera_times)
     blobs, known = [], {}
 
     def keep(kind: str, array: np.ndarray) -> int:
@@ -243,15 +297,36 @@ def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[
             phases = torch.zeros_like(own.wave_weights) if own.wave_phases is None else own.wave_phases
             frame["wave"] = keep("f", torch.cat([own.waves, own.wave_weights[..., None], phases[..., None]], -1).numpy())
         frames.append(frame)
-    target, distance = _first_view(sets)
+    target, distance = _first_view(sets, cameras)
     scene = {"fov": _FOV, "model": model, "target": target, "distance": distance, "times": values, "frames": frames, "blobs": blobs}
+    if cameras is not None:
+        lines = frustum_lines(cameras, distance / 20).reshape(cameras.count, 48)
+        scene["cameras"] = {"lines": [[float(f"{value:.6g}") for value in line] for line in lines.tolist()], "times": camera_times}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _PAGE.replace("{{SCENE}}", json.dumps(scene, separators=(",", ":"))).replace("{{TITLE}}", html.escape(title)))
     return path
 
-# %% ../../nbs/shared/splat/viewer.ipynb #dcf3a827
-def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Sequence[float], port: int = 8080, host: str = "127.0.0.1") -> Any:
+# %% ../../nbs/shared/splat/viewer.ipynb #ebe290f2
+_OTHER, _NOW = (0, 114, 178), (213, 94, 0)
+
+
+def _frustum(server: Any, cameras: Cameras, view: int, size: float) -> Any:
+    """The pyramid of one view in a viser server; a click on it looks through it."""
+    pose, fy = cameras.camtoworlds[view], float(cameras.Ks[view, 1, 1])
+    fov = 2 * math.atan(cameras.height / 2 / fy)
+    turn, place = matrix_to_quat(pose[:3, :3], check=False).numpy(), pose[:3, 3].numpy()
+    frustum = server.scene.add_camera_frustum(f"/cameras/{view:05d}", fov, cameras.width * fy / (cameras.height * float(cameras.Ks[view, 0, 0])), scale=size, color=_OTHER, wxyz=turn, position=place)
+
+    @frustum.on_click
+    def _(event: Any) -> None:
+        event.client.camera.wxyz, event.client.camera.position, event.client.camera.fov = turn, place, fov
+
+    return frustum
+
+
+def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Sequence[float], port: int = 8080, host: str = "127.0.0.1",
+         cameras: Cameras | None = None, camera_times: Sequence[float] | None = None) -> Any:
     """Start a viewer in the browser, with a slider for the time, and return at once.
 
     Args:
@@ -259,6 +334,8 @@ def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Seque
         times: at least one, increasing, in the unit of `gaussians_at`. One time needs no slider.
         port: of the server; viser takes the next free one when it is in use, `server.get_port()` says which.
         host: address to listen on. Only programs on this machine reach the default.
+        cameras: pinhole views to draw as pyramids; a click on one looks through it.
+        camera_times: [V] one a view; the one nearest to the slider's time stands out.
 
     Returns:
         The `viser.ViserServer`; `stop()` ends it, and further things can be put into `server.scene`.
@@ -267,7 +344,8 @@ def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Seque
 
     Raises:
         MissingExtra: viser is not installed (extra `viewer`).
-        TypeError, ValueError: times that do not increase, a port outside 0..65535, or a first set that cannot be drawn; the server is not started then.
+        TypeError, ValueError: times that do not increase, a port outside 0..65535, cameras that are not rigid or not pinhole, or a first set that cannot be drawn; the server is not
+            started then.
     """
     values = _times(times)
     check_range("port", port, 0, 65535)
@@ -278,10 +356,13 @@ def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Seque
         return _one(f"gaussians_at({time:g})", gaussians_at(time) if callable(gaussians_at) else gaussians_at)
 
     start = at(values[0])
+    cameras, camera_times = _cameras(cameras, camera_times)
+    if cameras is not None and cameras.model != "pinhole":
+        raise ValueError(f"cameras: expected pinhole views, got {cameras.model!r}")
     viser = need("viser", "viewer", "the live viewer")
     server = viser.ViserServer(host=host, port=port)
     server.scene.set_up_direction("-y")
-    target, distance = _first_view([start])
+    target, distance = _first_view([start], cameras)
     lock, shown = threading.Lock(), [None]
 
     def draw(own: Gaussians) -> None:
@@ -295,7 +376,16 @@ def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Seque
         shown[0] = server.scene.add_gaussian_splats("/gaussians", centers=own.means.numpy().astype(np.float32), covariances=(axes @ axes.mT).numpy().astype(np.float32),
                                                     rgbs=own.colors.numpy(), opacities=own.opacities[:, None].numpy())
 
+    frusta = [] if cameras is None else [_frustum(server, cameras, view, distance / 20) for view in range(cameras.count)]
+
+    def mark(time: float) -> None:
+        if camera_times is not None and frusta:
+            now = min(range(len(frusta)), key=lambda view: abs(camera_times[view] - time))
+            for view, frustum in enumerate(frusta):
+                frustum.color = _NOW if view == now else _OTHER
+
     draw(start)
+    mark(values[0])
     if len(values) > 1:
         slider = server.gui.add_slider("frame", min=0, max=len(values) - 1, step=1, initial_value=0)
         label = server.gui.add_text("time", initial_value=f"{values[0]:g}", disabled=True)
@@ -306,6 +396,7 @@ def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Seque
                 time = values[int(slider.value)]
                 if label.value != f"{time:g}":
                     draw(at(time))
+                    mark(time)
                     label.value = f"{time:g}"
 
     @server.on_client_connect

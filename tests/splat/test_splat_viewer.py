@@ -18,7 +18,7 @@ import torch
 
 from papers10.core.random import generator
 from papers10.splat import viewer
-from papers10.splat.cameras import look_at, pinhole_cameras
+from papers10.splat.cameras import look_at, orbit, pinhole_cameras, project_points
 from papers10.splat.gaussians import Gaussians
 from papers10.splat.render import render
 from papers10.splat.rotations import quat_to_matrix
@@ -107,6 +107,22 @@ class TestPage:
             assert float(inside.double().mean()) > 0.9
             assert float((seen.amax(0) - seen.amin(0)).max()) > 100
 
+    def test_cameras_are_in_the_first_view_and_in_the_file(self, tmp_path):
+        views = pinhole_cameras(40, 30, viewmats=orbit(4, 30.0))
+        found = data(viewer.static_page(tmp_path / "a.html", scene(), cameras=views))
+        assert found["distance"] > 30 and np.shape(found["cameras"]["lines"]) == (4, 48)
+        assert found["cameras"]["times"] is None
+        np.testing.assert_allclose(found["cameras"]["lines"][0][:3], views.camtoworlds[0, :3, 3], atol=1e-4)
+        assert "cameras" not in data(viewer.static_page(tmp_path / "b.html", scene()))
+        for change, error, words in (
+            ({"cameras": views.viewmats}, TypeError, "cameras: expected Cameras, got Tensor"),
+            ({"cameras": views._replace(viewmats=2 * views.viewmats)}, ValueError, "cameras.viewmats: expected a rotation"),
+            ({"camera_times": [1.0]}, ValueError, "camera_times: expected 4"),
+            ({"cameras": None, "camera_times": [1.0]}, ValueError, "cameras: expected Cameras with camera_times"),
+        ):
+            with pytest.raises(error, match=words):
+                viewer.static_page(tmp_path / "c.html", scene(), **{"cameras": views, **change})
+
     def test_empty_sets(self, tmp_path):
         found = data(viewer.static_page(tmp_path / "a.html", [scene().index([]), scene()]))
         assert [frame["n"] for frame in found["frames"]] == [0, 12]
@@ -193,6 +209,30 @@ class TestInChromium:
         wanted = render(made, camera, backgrounds=torch.ones(3, dtype=torch.float64)).color[0].numpy()
         assert np.abs(self.picture(browser, 64, 48) - wanted).max() < 0.02
 
+    def test_cameras_are_drawn_where_they_stand(self, browser, tmp_path):
+        from selenium.webdriver.common.by import By
+
+        views = pinhole_cameras(40, 30, viewmats=look_at(torch.tensor([[1.5, 0.5, -1.0]]), torch.tensor([0.0, 0, 0])))
+        path = viewer.static_page(tmp_path / "a.html", scene(), cameras=views.to(torch.float64), camera_times=[0.0])
+        found = data(path)
+        target = torch.tensor(found["target"], dtype=torch.float64)
+        eye = target - found["distance"] * torch.tensor([0.0, 0, 1], dtype=torch.float64)
+        camera = pinhole_cameras(480, 360, found["fov"], viewmats=look_at(eye, target)[None])
+        ends = torch.tensor(found["cameras"]["lines"][0], dtype=torch.float64).reshape(8, 2, 3)
+        column, row = project_points(ends.mean(1), camera)[0][0, 0].tolist()
+        browser.get(path.as_uri())
+
+        def pixel():
+            script = f"return Array.from(context.getImageData({int(column) - 1}, {int(row) - 1}, 3, 3).data)"
+            return np.array(browser.execute_script(script)).reshape(9, 4)[:, :3]
+
+        shown = pixel()
+        browser.find_element(By.ID, "cameras").click()
+        browser.execute_script("draw(true)")
+        hidden = pixel()
+        orange = np.abs(shown - [213, 94, 0]).sum(-1).min()
+        assert orange < 120 and np.abs(hidden - [213, 94, 0]).sum(-1).min() > 2 * orange
+
     def test_mouse_slider_and_keys_change_the_picture_and_nothing_is_asked_for(self, browser, tmp_path):
         from selenium.webdriver.common.action_chains import ActionChains
         from selenium.webdriver.common.by import By
@@ -234,6 +274,8 @@ class Handle(types.SimpleNamespace):
         self.callback = function
         return function
 
+    on_click = on_update
+
     def remove(self):
         self.removed = True
 
@@ -243,7 +285,10 @@ class Server:
 
     def __init__(self, host="0.0.0.0", port=8080):
         self.host, self.port, self.nodes, self.up = host, port, [], None
-        self.scene = types.SimpleNamespace(set_up_direction=self._up, add_gaussian_splats=self._splats)
+        self.scene = types.SimpleNamespace(
+            set_up_direction=self._up, add_gaussian_splats=self._splats, add_camera_frustum=self._frustum
+        )
+        self.frusta = []
         self.gui = types.SimpleNamespace(add_slider=self._control, add_text=self._control)
         self.controls = {}
 
@@ -256,6 +301,11 @@ class Server:
         assert rgbs.shape == (n, 3) and opacities.shape == (n, 1) and n > 0
         self.nodes.append(Handle(name=name, centers=centers, covariances=covariances, rgbs=rgbs, opacities=opacities))
         return self.nodes[-1]
+
+    def _frustum(self, name, fov, aspect, *, scale, color, wxyz, position):
+        own = dict(name=name, fov=fov, aspect=aspect, scale=scale, color=color, wxyz=wxyz, position=position)
+        self.frusta.append(Handle(**own))
+        return self.frusta[-1]
 
     def _control(self, label, *, initial_value, **options):
         self.controls[label] = Handle(value=initial_value, **options)
@@ -295,6 +345,23 @@ class TestShow:
         client = types.SimpleNamespace(camera=types.SimpleNamespace())
         server.connect(client)
         assert client.camera.position[2] < client.camera.look_at[2]
+
+    def test_cameras_are_drawn_marked_and_looked_through(self, stand_in):
+        views = pinhole_cameras(40, 30, 1.0, viewmats=orbit(3, 2.0, degrees=90))
+        server = viewer.show(lambda time: scene(), times=[0.0, 1.0], cameras=views, camera_times=[0.0, 0.4, 1.1])
+        assert [frustum.color for frustum in server.frusta] == [viewer._NOW, viewer._OTHER, viewer._OTHER]
+        server.controls["frame"].value = 1
+        server.controls["frame"].callback(None)
+        assert [frustum.color for frustum in server.frusta] == [viewer._OTHER, viewer._OTHER, viewer._NOW]
+        one = server.frusta[1]
+        assert one.fov == pytest.approx(2 * math.atan(0.75 * math.tan(0.5))) and one.aspect == pytest.approx(4 / 3)
+        np.testing.assert_allclose(one.position, [0, 0, -2], atol=1e-12)
+        np.testing.assert_allclose(quat_to_matrix(torch.tensor(one.wxyz)), np.eye(3), atol=1e-12)
+        client = types.SimpleNamespace(camera=types.SimpleNamespace())
+        one.callback(types.SimpleNamespace(client=client))
+        assert client.camera.fov == one.fov and client.camera.position is one.position
+        with pytest.raises(ValueError, match="cameras: expected pinhole views, got 'ortho'"):
+            viewer.show(scene(), times=[0], cameras=views._replace(model="ortho"))
 
     def test_what_stands_still_has_no_slider(self, stand_in):
         server = viewer.show(scene(), times=[0], host="0.0.0.0", port=9)
