@@ -8,15 +8,15 @@ Docs: https://papers10.github.io/papers10/02_neoverse/full_scale.html.md"""
 __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPACE_FACTOR', 'PATCH', 'SHARD_PATTERN', 'TEXT_FILE',
            'VAE_FILE', 'TOKENIZER_FOLDER', 'LORA_TARGETS', 'PROMPT', 'LOW_MEMORY', 'check_video_size', 'token_count',
            'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch', 'UnsupportedVersion',
-           'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name', 'release_name_umt5', 'KeyReport',
-           'shard_files', 'load_named', 'load_shards', 'read_sizes', 'load_text_encoder', 'load_vae', 'WanParts',
-           'miniature', 'save_release', 'load_release', 'load_lora', 'set_lora', 'add_lora', 'save_lora', 'clean_text',
+           'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name', 'release_name_umt5', 'shard_files',
+           'load_named', 'load_shards', 'read_sizes', 'load_text_encoder', 'load_vae', 'WanParts', 'miniature',
+           'save_release', 'load_release', 'load_lora', 'set_lora', 'add_lora', 'save_lora', 'clean_text',
            'module_bytes', 'WanGenerator', 'store_8bit', 'ClipFile', 'clip_files', 'count_frames', 'ClipBatch',
            'TrainingClips', 'FullScale', 'ControlTraining', 'TrainingPair', 'training_pair', 'build_optimizer',
-           'save_control', 'source_folder', 'load_diffusers', 'load_parts', 'load_reconstructor', 'degradation_of',
+           'save_control', 'source_folder', 'load_diffusers', 'load_parts', 'frozen_reconstructor', 'degradation_of',
            'train_generator']
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #9dd9b66d
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #e25c8c38
 import copy
 import json
 import math
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..core import distributed
 from ..core.checks import check_choice, check_range, check_shape
-from ..core.config import Config, from_mapping
+from ..core.config import Config, from_mapping, replace
 from ..core.data import locate, source
 from ..core.loop import LoopConfig, TrainState, train
 from ..core.media import read_video, to_float
@@ -45,6 +45,7 @@ from ..flow.guidance import Guidance
 from ..flow.sampler import euler
 from ..flow.schedule import bell_weight, flow_loss, noised, sample_sigma, sigma_grid
 from ..lm.pretraining import FolderLog, own_device
+from .checkpoints import LoadReport
 from .degradation import Degradation, RenderConditions, normalize_depth
 from .generator import ControlInput
 
@@ -290,7 +291,7 @@ def to_vace(model: WanControlTransformer) -> nn.Module:
     vace.rope = copy.deepcopy(model.base.rope)
     return vace
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #72fa3db8
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #6a047b74
 _BLOCK_NAMES = (("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".o."), ("ffn.net.0.proj.", "ffn.0."),
                 ("ffn.net.2.", "ffn.2."), ("norm2.", "norm3."), ("scale_shift_table", "modulation"))
 _TOP_NAMES = {"scale_shift_table": "head.modulation", "proj_out.": "head.head.", "patch_embedding.": "patch_embedding.", "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
@@ -331,28 +332,7 @@ def release_name_umt5(name: str) -> str:
     """The release's name of a weight of transformers' UMT5EncoderModel."""
     return _replaced(name, _UMT5_NAMES)
 
-
-class KeyReport(NamedTuple):
-    """What reading a checkpoint found. Fields: loaded, number of tensors; missing, names that the model has and the files have not; unexpected, the reverse; mismatched, (name, shape expected, shape got)."""
-
-    loaded: int
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[tuple[str, tuple, tuple], ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        """Whether all went in and nothing was left."""
-        return not (self.missing or self.unexpected or self.mismatched)
-
-    def __str__(self) -> str:
-        lines = [f"{self.loaded} tensors read"]
-        for title, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", [f"{name} (expected {list(want)}, got {list(got)})" for name, want, got in self.mismatched])):
-            if names:
-                lines.append(f"{len(names)} {title}: " + ", ".join(names[:6]) + (", …" if len(names) > 6 else ""))
-        return "; ".join(lines)
-
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #36fcd65d
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #30bf5686
 SHARD_PATTERN = "diffusion_pytorch_model*.safetensors"
 TEXT_FILE, VAE_FILE, TOKENIZER_FOLDER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
 # Weights that stay in float32 whatever the type of the others is, as in diffusers.
@@ -403,7 +383,7 @@ def _place(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None
 
 
 def load_named(model: nn.Module, files: Sequence[Path], names: Mapping[str, str | Sequence[str]], *, strict: bool = True, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-               prefixes: Sequence[str] = ("model.diffusion_model.",)) -> KeyReport:
+               prefixes: Sequence[str] = ("model.diffusion_model.",)) -> LoadReport:
     """Read weights under other names into a model, which may be without memory (device meta), one tensor at a time.
 
     Args:
@@ -414,21 +394,22 @@ def load_named(model: nn.Module, files: Sequence[Path], names: Mapping[str, str 
         The report. Raises: ValueError with the report when it is not complete and `strict`; nothing has been changed then.
     """
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found, unexpected, mismatched = {}, [], []
+    found, unexpected, reshaped, there = {}, [], [], set()
     for name, shape, _ in _tensors(files):
         bare = next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
         if bare not in names:
             unexpected.append(name)
             continue
         ours = [names[bare]] if isinstance(names[bare], str) else list(names[bare])
-        wrong = [(one, shapes[one], shape) for one in ours if shapes[one] != shape]
-        mismatched += wrong
+        there.update(ours)
+        wrong = [f"{one}: {list(shape)} in the file, {list(shapes[one])} here" for one in ours if shapes[one] != shape]
+        reshaped += wrong
         if not wrong:
             found[name] = ours
-    there = {one for ours in found.values() for one in ours} | {name for name, _, _ in mismatched}
-    report = KeyReport(len(found), tuple(name for name in shapes if name not in there), tuple(unexpected), tuple(mismatched))
+    loaded = tuple(one for ours in found.values() for one in ours)
+    report = LoadReport(type(model).__name__, loaded, tuple(name for name in shapes if name not in there), tuple(unexpected), tuple(reshaped), (), ())
     if strict and not report.complete:
-        raise ValueError(f"files: expected the weights of {type(model).__name__}, got: {report}")
+        raise ValueError(f"files: expected all weights of {type(model).__name__} and nothing else, got\n{report}")
     for name, _, read in _tensors(files):
         for one in found.get(name, ()):
             _place(model, one, read(), dtype, device)
@@ -436,7 +417,7 @@ def load_named(model: nn.Module, files: Sequence[Path], names: Mapping[str, str 
 
 
 def load_shards(model: WanControlTransformer, folder: str | Path, *, part: Literal["all", "base", "control"] = "all", strict: bool = True, dtype: torch.dtype | None = None,
-                device: str | torch.device = "cpu") -> KeyReport:
+                device: str | torch.device = "cpu") -> LoadReport:
     """Read the release's shards into a model of the same sizes.
 
     Args:
@@ -541,7 +522,7 @@ def load_vae(file: str | Path, *, dtype: torch.dtype | None = None, device: str 
     load_named(vae, [Path(file)], _vae_names(vae.state_dict()), dtype=dtype, device=device)
     return vae.eval().requires_grad_(False)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #06e75fb4
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #d9bc2c03
 class WanParts(NamedTuple):
     """What a generator is made of. Fields: transformer, vae (AutoencoderKLWan), text_encoder (UMT5EncoderModel), tokenizer."""
 
@@ -597,7 +578,7 @@ def save_release(parts: WanParts, folder: str | Path, *, shards: int = 6) -> Pat
     return folder
 
 
-def load_release(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", strict: bool = True) -> tuple[WanParts, KeyReport]:
+def load_release(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", strict: bool = True) -> tuple[WanParts, LoadReport]:
     """Read a folder in the release's layout, each tensor once and straight to its place.
 
     Returns: the parts and the report of the shards. Raises: FileNotFoundError for missing files; ValueError with the report of keys; MissingExtra.
@@ -705,7 +686,7 @@ def save_lora(model: WanControlTransformer, file: str | Path, *, name: str = "tr
     save_file({f"transformer.{key}": (value * scale if ".lora_B." in key else value).detach().cpu().contiguous() for key, value in weights.items()}, str(file))
     return Path(file)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #56cca9a7
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #fad6e6b4
 PROMPT = "Fill the missing regions of this video with natural content that fits the rest."
 LOW_MEMORY = ("none", "components", "blocks")
 
@@ -760,8 +741,10 @@ class WanGenerator:
         parts: of `miniature`, `load_release` or `from_pretrained`. device: where it computes. low_memory: "none" keeps all on the device; "components" brings text encoder,
         VAE and transformer there one after the other; "blocks" brings the transformer's blocks there one by one. tiling: VAE in tiles of 256 pixels.
 
-    `resident` says after each call which bytes of weights were on the device at each stage.
+    `resident` says after each call which bytes of weights were on the device at each stage. It is a `pipeline.Generator`: frame_step and size_step are the steps of the sizes it takes.
     """
+
+    frame_step, size_step = TIME_FACTOR, 16
 
     def __init__(self, parts: WanParts, *, device: str | torch.device = "cpu", low_memory: str = "none", tiling: bool = False, max_text: int = 512):
         check_choice("low_memory", low_memory, LOW_MEMORY)
@@ -1040,16 +1023,17 @@ class TrainingClips:
         """Go on from a position."""
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #def7352a
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #bf531e82
 class FullScale(Config):
     """One run at full scale; the defaults are the paper's where it says them.
 
     stage: "train_gen" trains the control branch; "infer" only loads and generates. generator: "mini", a size in `WAN_SIZES` with random weights, a data name (neoverse, wan2.1-t2v-14b,
     wan2.1-t2v-1.3b) or a folder in the release's or in diffusers' layout; a folder without a branch gets a new one. control_layers: None as its size. reconstructor: "tiny" (ships with the
-    library), "random", or a folder. lora: safetensors file for inference. data: folder of `clip_files` or spatialvid-hq.
+    library), "random", a file or a folder. lora: safetensors file for inference. data: folder of `clip_files` or spatialvid-hq.
     num_keyframes: least and largest. iterations, lr (constant), weight_decay, batch (clips a GPU), accumulate, clip_norm: of training. trans, cull_prob, kernels, mild_prob, distance_unit: of
     `Degradation`, kernels in pixels (least, largest) or None for shares of the width. prompt_drop, mask_drop, cond_drop, reverse_p: probabilities.
-    steps, guidance, shift: of sampling; shift of training too. precision: of the frozen parts and of autocast; the branch is kept in float32. optimizer: "adamw8bit" needs bitsandbytes.
+    steps, guidance, shift: of sampling; shift of training too. precision: of the frozen parts and of autocast; the branch is kept in float32. optimizer: "adamw8bit" needs bitsandbytes; "zero" shares
+    the moments out among the processes.
     low_memory: see `WanGenerator`; training keeps the transformer on the device. devices, strategy: as `lm.pretraining.launch`.
     """
 
@@ -1085,7 +1069,7 @@ class FullScale(Config):
     max_text: int = Field(default=512, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "zero"] = "adamw"
     low_memory: Literal["none", "components", "blocks"] = "none"
     devices: int = Field(default=32, ge=1)
     strategy: Literal["single", "ddp", "slurm"] = "ddp"
@@ -1157,15 +1141,34 @@ def training_pair(batch: ClipBatch, generate: WanGenerator, reconstructor: Calla
 
 
 def build_optimizer(module: nn.Module, settings: FullScale) -> torch.optim.Optimizer:
-    """AdamW of torch, or the one of bitsandbytes with 8-bit moments. Raises ImportError with the command for a missing bitsandbytes."""
+    """AdamW of torch, of bitsandbytes with 8-bit moments, or torch's ZeroRedundancyOptimizer around AdamW, each process with its share of the moments (ZeRO stage 1).
+
+    Raises: ImportError with the command for a missing bitsandbytes; ValueError for "zero" in one process.
+    """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw8bit":
         try:
             import bitsandbytes
         except ImportError:
             raise ImportError("optimizer='adamw8bit' needs bitsandbytes, which is in no extra: pip install bitsandbytes") from None
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=parameters[0].is_cuda)
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    if settings.optimizer == "zero":
+        if distributed.world_size() == 1:
+            raise ValueError("optimizer: expected several processes for 'zero', got one")
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, **options)
+    return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
+
+
+def _gathered(settings: FullScale) -> Callable[[TrainState], None]:
+    """Before a checkpoint the moments of all processes are brought together on the first one."""
+    def gather(state: TrainState) -> None:
+        if settings.save_every and (state.step % settings.save_every == 0 or state.step == settings.iterations):
+            state.optimizer.consolidate_state_dict(0)
+
+    return gather
 
 
 def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
@@ -1179,7 +1182,7 @@ def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
     part.replace(folder / "diffusion_pytorch_model.safetensors")
     return folder / "diffusion_pytorch_model.safetensors"
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #a6afd84f
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #8ea762c6
 def source_folder(name: str) -> Path:
     """The folder of a local path or of a data name, whose licence is printed.
 
@@ -1221,22 +1224,29 @@ def load_parts(settings: FullScale) -> WanParts:
             parts = load_diffusers(folder, control_layers=settings.control_layers, dtype=dtype)
         else:
             parts, report = load_release(folder, dtype=dtype)
-            print(f"{folder.name}: {report}")
+            print(report)
     if settings.lora is not None:
         print(f"LoRA: {load_lora(parts.transformer, settings.lora)} layers of {Path(settings.lora).name}")
     return parts
 
 
-def load_reconstructor(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
-    """The frozen reconstructor: "tiny", "random", or a folder of `NeoVerseReconstructor.save_pretrained`. Raises FileNotFoundError."""
+def frozen_reconstructor(name: str, device: str | torch.device = "cpu", seed: int = 0) -> nn.Module:
+    """The reconstructor of a run, frozen: "tiny", "random", a folder of `NeoVerseReconstructor.save_pretrained`, a released file, or a folder or data name with the release's reconstructor.ckpt.
+
+    Raises: FileNotFoundError, DataMissing, ValueError of the readers.
+    """
+    from papers10.neoverse.checkpoints import load_reconstructor
     from papers10.neoverse.reconstructor import NeoVerseReconstructor, ReconstructorConfig
 
     if name == "tiny":
         model = NeoVerseReconstructor.load_tiny()
     elif name == "random":
         model = seeded(seed, "reconstructor", lambda: NeoVerseReconstructor(ReconstructorConfig.tiny()))
+    elif Path(name).is_file():
+        model, _ = load_reconstructor(name)
     else:
-        model = NeoVerseReconstructor.from_pretrained(source_folder(name))
+        folder = source_folder(name)
+        model = load_reconstructor(folder / "reconstructor.ckpt")[0] if (folder / "reconstructor.ckpt").is_file() else NeoVerseReconstructor.from_pretrained(folder)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -1253,7 +1263,7 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
         {"loss", "first_loss": means over the last and the first tenth of the records, "steps", "skipped", "seconds_per_step", "peak_gb" or None, "trained": numbers that train, "frozen"}. In
         `folder`: checkpoints, logs, result.json, and the branch under the release's names in `control/`.
 
-    Raises: CheckpointMismatch for a folder of other settings; what `load_parts`, `load_reconstructor` and `clip_files` raise.
+    Raises: CheckpointMismatch for a folder of other settings; what `load_parts`, `frozen_reconstructor` and `clip_files` raise.
     Source: paper §4.1, Suppl. B; official train.yaml.
     """
     settings = settings if isinstance(settings, FullScale) else from_mapping(FullScale, dict(settings))
@@ -1263,7 +1273,7 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
     generate = WanGenerator(parts, device=device, low_memory=settings.low_memory, max_text=settings.max_text)
     model = parts.transformer.to(device).enable_checkpointing(settings.gradient_checkpointing)
     model.control.float()
-    reconstructor, degradation = load_reconstructor(settings.reconstructor, device, settings.seed), degradation_of(settings)
+    reconstructor, degradation = frozen_reconstructor(settings.reconstructor, device, settings.seed), degradation_of(settings)
     files = clip_files(source_folder(settings.data))
     batches = TrainingClips(files, settings.num_frames, settings.height, settings.width, batch=settings.batch, seed=settings.seed, keys=settings.num_keyframes, max_stride=settings.max_stride,
                             reverse=settings.reverse_p, rank=distributed.rank(), world=distributed.world_size())
@@ -1283,7 +1293,7 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
         torch.cuda.reset_peak_memory_stats(device)
     config = LoopConfig(steps=settings.iterations, accumulate=settings.accumulate, clip_norm=settings.clip_norm, log_every=settings.log_every, save_every=settings.save_every,
                         amp="bf16" if settings.precision == "bfloat16" else None, max_seconds=settings.max_seconds, seed=settings.seed)
-    history = train(state, step_fn, config, run=log, name="generator")
+    history = train(state, step_fn, config, run=log, name="generator", after_step=[_gathered(settings)] if settings.optimizer == "zero" else [])
     losses = [record["loss"] for record in history.records if record.get("loss") is not None]
     tenth = max(1, len(losses) // 10)
     if distributed.rank() == 0:
