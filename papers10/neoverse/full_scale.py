@@ -6,15 +6,17 @@ Docs: https://papers10.github.io/papers10/02_neoverse/full_scale.html.md"""
 
 # %% auto #0
 __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPACE_FACTOR', 'PATCH', 'SHARD_PATTERN', 'TEXT_FILE',
-           'VAE_FILE', 'TOKENIZER_FOLDER', 'LORA_TARGETS', 'PROMPT', 'LOW_MEMORY', 'check_video_size', 'token_count',
-           'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch', 'UnsupportedVersion',
-           'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name', 'release_name_umt5', 'shard_files',
-           'load_named', 'load_shards', 'read_sizes', 'load_text_encoder', 'load_vae', 'WanParts', 'miniature',
-           'save_release', 'load_release', 'load_lora', 'set_lora', 'add_lora', 'save_lora', 'clean_text',
-           'module_bytes', 'WanGenerator', 'store_8bit', 'ClipFile', 'clip_files', 'count_frames', 'ClipBatch',
-           'TrainingClips', 'FullScale', 'ControlTraining', 'TrainingPair', 'training_pair', 'build_optimizer',
-           'save_control', 'source_folder', 'load_diffusers', 'load_parts', 'frozen_reconstructor', 'degradation_of',
-           'train_generator']
+           'VAE_FILE', 'TOKENIZER_FOLDER', 'LORA_TARGETS', 'PROMPT', 'LOW_MEMORY', 'VAE_PARAMETERS', 'VAE_ENCODE_TFLOP',
+           'VAE_DECODE_TFLOP', 'UMT5_PARAMETERS', 'UMT5_VOCABULARY', 'RECONSTRUCTOR_PARAMETERS', 'CARDS',
+           'check_video_size', 'token_count', 'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch',
+           'UnsupportedVersion', 'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name',
+           'release_name_umt5', 'shard_files', 'load_named', 'load_shards', 'read_sizes', 'load_text_encoder',
+           'load_vae', 'WanParts', 'miniature', 'save_release', 'load_release', 'load_lora', 'set_lora', 'add_lora',
+           'save_lora', 'clean_text', 'module_bytes', 'WanGenerator', 'store_8bit', 'ClipFile', 'clip_files',
+           'count_frames', 'ClipBatch', 'TrainingClips', 'FullScale', 'ControlTraining', 'TrainingPair',
+           'training_pair', 'build_optimizer', 'save_control', 'source_folder', 'load_diffusers', 'load_parts',
+           'frozen_reconstructor', 'degradation_of', 'train_generator', 'wan_parameters', 'wan_flops',
+           'reconstructor_flops', 'Estimate', 'sizes_of', 'estimate']
 
 # %% ../../nbs/02_neoverse/15_full_scale.ipynb #e25c8c38
 import copy
@@ -1304,3 +1306,116 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
               "trained": count(training), "frozen": sum(map(count, (model.base, parts.vae, parts.text_encoder, reconstructor)))}
     distributed.barrier()
     return log.finish(result)
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #32070727
+# Numbers that a formula here would only repeat, counted on models without memory (device meta): parameters, and TFLOP of the VAE for 81 x 336 x 560.
+VAE_PARAMETERS, VAE_ENCODE_TFLOP, VAE_DECODE_TFLOP, UMT5_PARAMETERS, UMT5_VOCABULARY, RECONSTRUCTOR_PARAMETERS = 126_892_531, 76.84, 129.42, 5_680_910_336, 256_384 * 4096, 1_476_995_132
+# bf16 without sparsity, and memory of a card in bytes.
+CARDS = {"A800": (312e12, 80e9), "H100": (989e12, 80e9), "H200": (989e12, 141e9), "RTX 4090": (165e12, 24e9)}
+
+
+def _wan(sizes: Mapping[str, Any]) -> dict[str, int]:
+    defaults = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40, "text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16}
+    full = {**defaults, **sizes}
+    return {**full, "dim": full["num_attention_heads"] * full["attention_head_dim"]}
+
+
+def wan_parameters(sizes: Mapping[str, Any], control_layers: int = 0) -> tuple[int, int]:
+    """Numbers in (Wan's transformer, a control branch of so many blocks) of sizes as in `WAN_SIZES`."""
+    s = _wan(sizes)
+    d, f = s["dim"], s["ffn_dim"]
+    block = 2 * (4 * (d * d + d) + 2 * d) + 2 * d + (2 * d * f + f + d) + 6 * d
+    ends = 4 * s["in_channels"] * d + d + s["freq_dim"] * d + d + d * d + d + 6 * d * d + 6 * d + s["text_dim"] * d + d + d * d + d + d * 4 * s["out_channels"] + 4 * s["out_channels"] + 2 * d
+    branch = control_layers * (block + d * d + d) + d * d + d + 96 * 4 * d + d + 7 * 64 * 256 + 64 + 128
+    return s["num_layers"] * block + ends, branch if control_layers else 0
+
+
+def wan_flops(sizes: Mapping[str, Any], frames: int, height: int, width: int, *, control_layers: int = 0, text: int = 512) -> tuple[float, float]:
+    """FLOP of one forward pass of (Wan's transformer, the control branch) for one video."""
+    s, n = _wan(sizes), token_count(frames, height, width)
+    d, f = s["dim"], s["ffn_dim"]
+    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * d + 4 * text * d * d + 4 * n * text * d + 4 * n * d * f
+    ends = 2 * n * 4 * (s["in_channels"] + s["out_channels"]) * d + 2 * (s["freq_dim"] * d + d * d + 6 * d * d) + 2 * text * (s["text_dim"] * d + d * d)
+    branch = control_layers * (layer + 2 * n * d * d) + 2 * n * d * d + 2 * n * 96 * 4 * d + 2 * 4 * n * 64 * 7 * 256
+    return float(s["num_layers"] * layer + ends), float(branch) if control_layers else 0.0
+
+
+def reconstructor_flops(frames: int, height: int, width: int, *, dim: int = 1024, pairs: int = 24, patch: int = 14, special: int = 7) -> tuple[float, float]:
+    """FLOP of the reconstructor's backbone (patches, frame and global blocks) for so many key frames, and of its global attention alone."""
+    inside = (height // patch) * (width // patch)
+    tokens = frames * (inside + special)
+    maps = pairs * 24 * dim * dim * (2 * tokens + frames * (inside + 5))
+    within = pairs * 4 * frames * dim * ((inside + special) ** 2 + (inside + 5) ** 2)
+    together = pairs * 4 * dim * tokens * tokens
+    return float(maps + within + together), float(together)
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #f86737ed
+class Estimate(NamedTuple):
+    """What a run needs. Fields: tokens; parameters, numbers by part; flops by part of one video (inference) or one step (training), of one GPU; memory in bytes by part, of one GPU;
+    seconds of one video or step; hours of the whole run."""
+
+    tokens: int
+    parameters: dict[str, int]
+    flops: dict[str, float]
+    memory: dict[str, float]
+    seconds: float
+    hours: float
+
+
+def sizes_of(settings: FullScale) -> tuple[dict[str, Any], int]:
+    """Arguments of the transformer and number of control blocks that `settings.generator` stands for; folders are looked into. Raises FileNotFoundError, ValueError."""
+    named = {"neoverse": "14B", "wan2.1-t2v-14b": "14B", "wan2.1-t2v-1.3b": "1.3B", **{size: size for size in WAN_SIZES}}
+    folder = Path(settings.generator).expanduser()
+    if settings.generator in named:
+        size = named[settings.generator]
+        return dict(WAN_SIZES[size]), len(settings.control_layers or CONTROL_LAYERS[size])
+    if (folder / "transformer" / "config.json").is_file():
+        sizes = json.loads((folder / "transformer" / "config.json").read_text())
+        known = {entry["num_layers"]: len(CONTROL_LAYERS[name]) for name, entry in WAN_SIZES.items()}
+        return sizes, len(settings.control_layers) if settings.control_layers else known.get(sizes["num_layers"], (sizes["num_layers"] + 1) // 2)
+    sizes, layers = read_sizes(folder)
+    return sizes, len(layers)
+
+
+def estimate(settings: FullScale, *, card: str = "A800", utilisation: float = 0.5) -> Estimate:
+    """Work, memory and time of a run, before it starts.
+
+    Args:
+        card: in `CARDS`. utilisation: share of its bf16 peak that is reached; the paper's 18 s for four steps on an A800 are 50 %.
+
+    What is kept for gradients and inside a block is a rough count (our choice): with recomputation the input of every block, and one block's inside twice.
+    """
+    check_choice("card", card, CARDS)
+    check_range("utilisation", utilisation, 0, 1, open=True)
+    sizes, blocks = sizes_of(settings)
+    s, tokens = _wan(sizes), token_count(settings.num_frames, settings.height, settings.width)
+    base, branch = wan_flops(sizes, settings.num_frames, settings.height, settings.width, control_layers=blocks, text=settings.max_text)
+    pixels = settings.num_frames * settings.height * settings.width / (81 * 336 * 560)
+    keys = sum(settings.num_keyframes) / 2 if settings.stage == "train_gen" else settings.num_keyframes[1]
+    words = 2.0 * (UMT5_PARAMETERS - UMT5_VOCABULARY) * settings.max_text
+    numbers = dict(zip(("Wan", "control branch"), wan_parameters(sizes, blocks))) | {"text encoder": UMT5_PARAMETERS, "VAE": VAE_PARAMETERS, "reconstructor": RECONSTRUCTOR_PARAMETERS}
+    wide = 2 if settings.precision == "bfloat16" else 4
+    frozen = {name: numbers[name] * wide for name in ("Wan", "text encoder", "VAE")} | {"reconstructor": 4 * numbers["reconstructor"]}
+    inside = float(settings.batch * tokens * (10 * s["dim"] + 3 * s["ffn_dim"]) * wide)
+    reading = reconstructor_flops(round(keys), settings.height, settings.width)[0]
+    if settings.stage == "train_gen":
+        again = 1 if settings.gradient_checkpointing else 0
+        each = settings.batch * settings.accumulate
+        flops = {"reconstructor": reading, "VAE": 3e12 * VAE_ENCODE_TFLOP * pixels, "text encoder": words, "Wan": (2 + again) * base, "control branch": (3 + again) * branch}
+        flops = {name: each * value for name, value in flops.items()}
+        moments = {"adamw": 8.0, "adamw8bit": 2.0, "zero": 8.0 / settings.devices}[settings.optimizer]
+        layers = s["num_layers"] + blocks
+        kept = settings.batch * tokens * s["dim"] * wide * layers if settings.gradient_checkpointing else layers * inside
+        memory = frozen | {"control branch": 4.0 * numbers["control branch"], "its gradients": 4.0 * numbers["control branch"], "its moments": moments * numbers["control branch"], "kept for gradients": float(kept), "inside a block": 2 * inside}
+        if settings.low_memory != "none":
+            memory["text encoder"] = memory["VAE"] = 0.0
+    else:
+        passes = settings.steps * (2 if settings.guidance != 1 else 1)
+        flops = {"reconstructor": reading, "VAE": 1e12 * (2 * VAE_ENCODE_TFLOP + VAE_DECODE_TFLOP) * pixels, "text encoder": passes // settings.steps * words, "Wan": passes * base, "control branch": passes * branch}
+        memory = frozen | {"control branch": float(wide * numbers["control branch"]), "inside a block": inside}
+        if settings.low_memory != "none":
+            resident = max(memory["Wan"] + memory["control branch"], memory["text encoder"], memory["reconstructor"])
+            memory = {"largest part": resident if settings.low_memory == "components" else max(memory["text encoder"], memory["reconstructor"]), "inside a block": inside}
+    seconds = sum(flops.values()) / (utilisation * CARDS[card][0])
+    count = settings.iterations if settings.stage == "train_gen" else 1
+    return Estimate(tokens, numbers, flops, {name: float(value) for name, value in memory.items()}, seconds, seconds * count / 3600)
