@@ -11,7 +11,7 @@ __all__ = ['MOTIONS', 'IMAGE_MEAN', 'IMAGE_STD', 'ACTIVATIONS', 'ReconstructorCo
            'Fusion', 'DPTHead', 'camera_to_vector', 'vector_to_camera', 'CameraHead', 'GaussianParameters',
            'GaussianHead', 'ReconOutput', 'NeoVerseReconstructor']
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #d93a3910
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #b721da44
 import json
 import math
 import warnings
@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core.checkpoint import load_tensors, save_tensors
-from ..core.checks import check_choice, check_finite, check_range, check_shape
+from ..core.checks import check_choice, check_finite, check_range, check_same, check_shape
 from ..core.config import Config, from_mapping, to_mapping
 from ..lm.rope import rotary
 from .gaussians4d import Gaussians4D
-from ..splat.cameras import Cameras, invert_poses, make_poses, unproject
+from ..splat.cameras import Cameras, check_poses, invert_poses, make_poses, unproject
 from ..splat.gaussians import SH0, Gaussians
 from ..splat.geometry import voxel_merge
 from ..splat.rotations import convert_quat, matrix_to_quat, quat_to_matrix
@@ -563,7 +563,7 @@ class DPTHead(nn.Module):
         parts = [self._chunk([level[i : i + frames_per_chunk] for level in flat_tokens], flat_images[i : i + frames_per_chunk]) for i in range(0, max(b * s, 1), frames_per_chunk)]
         return tuple(None if each[0] is None else torch.cat(each).unflatten(0, (b, s)) for each in zip(*parts))
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #8134417d
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #c6ab26a3
 def camera_to_vector(viewmats: Float[Tensor, "*batch 4 4"], Ks: Float[Tensor, "*batch 3 3"], height: int, width: int) -> Float[Tensor, "*batch 9"]:
     """(t, quaternion xyzw, vertical and horizontal field of view in radians) of world-to-camera matrices and intrinsics in pixels. The principal point is lost."""
     quats = convert_quat(matrix_to_quat(viewmats[..., :3, :3]), "wxyz", "xyzw")
@@ -603,6 +603,7 @@ class CameraHead(nn.Module):
         self.out_norm = nn.LayerNorm(token_dim)
         self.predict = MLP(token_dim, token_dim // 2, 9)
         with torch.no_grad():
+            self.predict.fc2.weight.zero_()
             self.predict.fc2.bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 1, 1]) / steps)
 
     def forward(self, tokens: Float[Tensor, "batch frame channel"], steps: int | None = None) -> list[Float[Tensor, "batch frame 9"]]:
@@ -666,7 +667,7 @@ class GaussianHead(nn.Module):
         sh = torch.cat([sh[..., :1, :] + own[..., None, :], sh[..., 1:, :]], -2)
         return GaussianParameters(quats / (quats.norm(dim=-1, keepdim=True) + 1e-8), scales.exp().clamp_max(self.max_scale), opacities[..., 0].sigmoid(), sh, life[..., 0].sigmoid())
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #0f49d8a4
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #8229132a
 @dataclass(frozen=True)
 class ReconOutput:
     """What the reconstructor says about B clips of S frames.
@@ -752,7 +753,7 @@ class NeoVerseReconstructor(nn.Module):
     def _checked(self, images, times, is_static, priors, cameras) -> tuple[Tensor, Tensor, dict]:
         dims = check_shape("images", images, "B S 3 H W")
         if not images.is_floating_point():
-            raise TypeError(f"images: expected floats in [0, 1], got {images.dtype}")
+            raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; divide whole numbers by 255")
         size = self.config.patch_size
         for side, length in (("height", dims["H"]), ("width", dims["W"])):
             if length % size or length == 0:
@@ -779,12 +780,18 @@ class NeoVerseReconstructor(nn.Module):
         for name, value in priors.items():
             check_choice("priors", name, patterns)
             check_shape(f"priors[{name!r}]", value, patterns[name], {key: value for key, value in dims.items() if key in patterns[name].split()})
+            if name == "camtoworlds":
+                check_poses(f"priors[{name!r}]", value, "B S 4 4")
             check_finite(f"priors[{name!r}]", value)
+            check_same(images, value, names=["images", f"priors[{name!r}]"])
         if priors and not self.config.prior_tokens:
             raise ValueError("priors: expected None for a model without prior tokens (prior_tokens=False)")
         if cameras is not None:
             check_shape("cameras[0]", cameras[0], "B S 4 4", {"B": dims["B"], "S": dims["S"]})
             check_shape("cameras[1]", cameras[1], "B S 3 3", {"B": dims["B"], "S": dims["S"]})
+            check_poses("cameras[0]", cameras[0], "B S 4 4")
+            check_finite("cameras[1]", cameras[1])
+            check_same(images, *cameras, names=["images", "cameras[0]", "cameras[1]"])
         return times, is_static.to(images.device), priors
 
     def forward(self, images: Float[Tensor, "batch frame 3 height width"], times: Float[Tensor, "batch frame"], is_static: Tensor | None = None, priors: Mapping[str, Tensor] | None = None,
