@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/full_scale.html.md"""
 # %% auto #0
 __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPACE_FACTOR', 'PATCH', 'SHARD_PATTERN', 'TEXT_FILE',
            'VAE_FILE', 'TOKENIZER_FOLDER', 'LORA_TARGETS', 'PROMPT', 'LOW_MEMORY', 'VAE_PARAMETERS', 'VAE_ENCODE_TFLOP',
-           'VAE_DECODE_TFLOP', 'UMT5_PARAMETERS', 'UMT5_VOCABULARY', 'RECONSTRUCTOR_PARAMETERS', 'CARDS',
+           'VAE_DECODE_TFLOP', 'UMT5_PARAMETERS', 'UMT5_VOCABULARY', 'RECONSTRUCTOR_PARAMETERS', 'CARDS', 'LICENCES',
            'check_video_size', 'token_count', 'ControlEmbedding', 'check_control', 'ControlBlock', 'WanControlBranch',
            'UnsupportedVersion', 'WanControlTransformer', 'build_transformer', 'to_vace', 'release_name',
            'release_name_umt5', 'shard_files', 'load_named', 'load_shards', 'read_sizes', 'load_text_encoder',
@@ -16,9 +16,10 @@ __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPA
            'count_frames', 'ClipBatch', 'TrainingClips', 'FullScale', 'ControlTraining', 'TrainingPair',
            'training_pair', 'build_optimizer', 'save_control', 'source_folder', 'load_diffusers', 'load_parts',
            'frozen_reconstructor', 'degradation_of', 'train_generator', 'wan_parameters', 'wan_flops',
-           'reconstructor_flops', 'Estimate', 'sizes_of', 'estimate']
+           'reconstructor_flops', 'Estimate', 'sizes_of', 'estimate', 'from_parameters', 'needs', 'check',
+           'generate_clips', 'run_full_scale']
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #e25c8c38
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #af7d904a
 import copy
 import json
 import math
@@ -46,7 +47,7 @@ from ..core.random import generator, numpy_generator, seeded, stream_seed
 from ..flow.guidance import Guidance
 from ..flow.sampler import euler
 from ..flow.schedule import bell_weight, flow_loss, noised, sample_sigma, sigma_grid
-from ..lm.pretraining import FolderLog, own_device
+from ..lm.pretraining import FolderLog, check_machine, launch, own_device
 from .checkpoints import LoadReport
 from .degradation import Degradation, RenderConditions, normalize_depth
 from .generator import ControlInput
@@ -1419,3 +1420,116 @@ def estimate(settings: FullScale, *, card: str = "A800", utilisation: float = 0.
     seconds = sum(flops.values()) / (utilisation * CARDS[card][0])
     count = settings.iterations if settings.stage == "train_gen" else 1
     return Estimate(tokens, numbers, flops, {name: float(value) for name, value in memory.items()}, seconds, seconds * count / 3600)
+
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #566d2bac
+LICENCES = {"neoverse": source("neoverse").licence, "wan2.1-t2v-14b": source("wan2.1-t2v-14b").licence, "wan2.1-t2v-1.3b": source("wan2.1-t2v-1.3b").licence, "spatialvid-hq": source("spatialvid-hq").licence,
+            "tiny": "Apache-2.0, trained here", "lora": "lightx2v's distilled LoRA of Wan2.1: Apache-2.0"}
+
+
+def from_parameters(parameters: Mapping[str, Any], *, device: str) -> FullScale:
+    """The settings of one run out of a chapter's parameters; those that are no field of `FullScale` are passed over."""
+    fields = {name: value for name, value in parameters.items() if name in FullScale.model_fields}
+    return from_mapping(FullScale, {**fields, "device": device.partition(":")[0]})
+
+
+def needs(settings: FullScale) -> str:
+    """What a run needs, as text: cards, memory, hours, data, models, licences, packages. Parts whose size is not known yet are left out."""
+    lines = [f"NeoVerse, {settings.stage}: {settings.num_frames} x {settings.height} x {settings.width}, {settings.devices} x {settings.device}, {settings.precision}"]
+    try:
+        found = estimate(settings)
+    except (FileNotFoundError, ValueError) as error:
+        lines.append(f"cost: not known, {error}")
+    else:
+        lines.append(f"memory: about {sum(found.memory.values()) / 1e9:.0f} GB a card without what the allocator holds (the release reports 74 GB for inference, 38 GB with offload)")
+        each = "step" if settings.stage == "train_gen" else "video"
+        lines.append(f"time: {sum(found.flops.values()) / 1e15:.2g} PFLOP a {each}, {found.seconds:.3g} s on an A800 at half its peak" + (f", {found.hours:.3g} hours for {settings.iterations} steps" if each == "step" else ""))
+    for title, name in (("generator", settings.generator), ("reconstructor", settings.reconstructor), ("data", settings.data)):
+        lines.append(f"{title}: {name}, licence: {LICENCES.get(name, 'your own')}")
+    if settings.lora:
+        lines.append(f"LoRA: {Path(settings.lora).name}, licence: {LICENCES['lora'] if 'lightx2v' in settings.lora else 'your own'}")
+    extras = ["data", "fast", "flow"] + (["dist"] if settings.devices > 1 else [])
+    lines.append(f"packages: pip install 'papers10[{','.join(extras)}]'" + (" bitsandbytes" if settings.optimizer == "adamw8bit" else ""))
+    return "\n".join(lines)
+
+
+def check(settings: FullScale) -> None:
+    """Raise at once what would fail later.
+
+    Raises: ValueError for sizes, key frames or clips; DataMissing, FileNotFoundError for what is not there; MissingExtra, ImportError; BackendUnavailable without the GPUs asked for.
+    """
+    check_video_size(settings.num_frames, settings.height, settings.width)
+    if not 1 <= settings.num_keyframes[0] <= settings.num_keyframes[1] <= settings.num_frames:
+        raise ValueError(f"num_keyframes: expected 1 <= least <= largest <= {settings.num_frames}, got {settings.num_keyframes}")
+    for package in ("diffusers", "transformers", "peft"):
+        need(package, "flow", "the generator at full scale")
+    need("av", "data", "videos")
+    if settings.optimizer == "adamw8bit" and not have("bitsandbytes"):
+        raise ImportError("optimizer='adamw8bit' needs bitsandbytes, which is in no extra: pip install bitsandbytes")
+    if settings.optimizer == "zero" and settings.devices == 1:
+        raise ValueError("optimizer: expected several devices for 'zero', got one")
+    check_machine(settings)
+    if settings.generator not in WAN_SIZES:
+        source_folder(settings.generator)
+    if settings.lora is not None and not Path(settings.lora).is_file():
+        raise FileNotFoundError(f"lora: expected a safetensors file, got {settings.lora}")
+    if settings.reconstructor not in ("tiny", "random") and not Path(settings.reconstructor).is_file():
+        source_folder(settings.reconstructor)
+    clip_files(source_folder(settings.data))
+
+
+def generate_clips(settings: FullScale | Mapping[str, Any], folder: str | Path, *, trajectory: Any = "static", limit: int | None = None, alpha_threshold: float = 1.0) -> dict[str, Any]:
+    """A new video for each clip of `settings.data`, along `trajectory`: FOLDER/NAME.mp4. Clips that are there already are passed over.
+
+    Args:
+        trajectory, alpha_threshold: of `pipeline.NeoVersePipeline`. limit: at most so many clips.
+
+    Returns:
+        {"clips": number, "seconds": stage -> mean of the clips made now}.
+    """
+    from papers10.neoverse.pipeline import NetworkReconstructor, NeoVersePipeline
+
+    settings = settings if isinstance(settings, FullScale) else from_mapping(FullScale, dict(settings))
+    folder, device = Path(folder), own_device(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    generate = WanGenerator(load_parts(settings), device=device, low_memory=settings.low_memory, max_text=settings.max_text)
+    pipeline = NeoVersePipeline(NetworkReconstructor(frozen_reconstructor(settings.reconstructor, device, settings.seed), device), generate)
+    stages: dict[str, list[float]] = {}
+    clips = clip_files(source_folder(settings.data))[:limit]
+    for clip in clips:
+        target = folder / f"{clip.name.replace('/', '-')}.mp4"
+        if target.exists():
+            continue
+        film = pipeline(str(clip.path), trajectory, clip.caption or None, num_frames=settings.num_frames, size=(settings.height, settings.width), num_keyframes=min(settings.num_keyframes[1], settings.num_frames),
+                        alpha_threshold=alpha_threshold, steps=settings.steps, guidance_scale=settings.guidance, seed=settings.seed)
+        film.save(target)
+        for stage, seconds in film.seconds.items():
+            stages.setdefault(stage, []).append(seconds)
+    return {"clips": len(clips), "seconds": {stage: sum(values) / len(values) for stage, values in stages.items()}}
+
+
+def run_full_scale(run: Any, parameters: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The part of the chapter's run at full scale: for each seed what is needed is said and checked, then `train_generator` or `generate_clips`.
+
+    Args:
+        run: of `core.runs`. parameters: of the chapter. Metrics: generator.loss, generator.first_loss, generator.seconds_per_step, generator.peak_gb; infer.reconstruct and so on, seconds.
+    """
+    results: dict[int, dict[str, Any]] = {}
+    for seed in parameters["seeds"]:
+        settings = from_parameters({**parameters, "seed": seed}, device=run.device)
+        print(needs(settings), flush=True)
+        check(settings)
+        place = Path(run.folder) / f"{settings.stage}-{seed}"
+        if settings.stage == "train_gen":
+            results[seed] = launch(settings, place, train_generator)
+            units = {"loss": "1", "first_loss": "1", "seconds_per_step": "s", "peak_gb": "GB"}
+            metrics = {f"generator.{name}": (results[seed].get(name), unit) for name, unit in units.items()}
+        else:
+            results[seed] = generate_clips(settings, place)
+            metrics = {f"infer.{stage}": (seconds, "s") for stage, seconds in results[seed]["seconds"].items()}
+        for name, (value, unit) in metrics.items():
+            if value is not None:
+                run.metric(name, value, seed=seed, unit=unit, better="lower")
+        for name in (settings.generator, settings.reconstructor, settings.data):
+            if name in LICENCES:
+                run.data(name, licence=LICENCES[name])
+    return results
