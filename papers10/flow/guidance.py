@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/flow/guidance.html.md"""
 # %% auto #0
 __all__ = ['Branch', 'Guidance', 'SeveralConditions', 'independent', 'joint', 'batched']
 
-# %% ../../nbs/shared/flow/guidance.ipynb #96beac5a
+# %% ../../nbs/shared/flow/guidance.ipynb #2d3f65d4
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from ..core.checks import check_choice, check_range
 from .schedule import clean_from_velocity
 
 Branch = tuple[str, ...]
-"""The names of the conditions that are on in one call of the network; `()` is the unconditional call."""
+"""The names of the conditions that are on in one call of the network; `()` is the unconditional call, `("condition",)` the one with all of them."""
 
 
 def _level(sigma) -> float:
@@ -130,14 +130,14 @@ def joint(weights: Mapping[str, float]) -> SeveralConditions:
     """u∅ + w_a (u_{a} − u∅) + w_b (u_{a,b} − u_{a}) + …: each condition against those before it. `weights` condition -> weight, in order."""
     return SeveralConditions(dict(weights), "joint")
 
-# %% ../../nbs/shared/flow/guidance.ipynb #21254716
+# %% ../../nbs/shared/flow/guidance.ipynb #7f1b45d5
 def batched(
     network: Callable[..., Tensor], conditions: Mapping[str, Tensor], nulls: Mapping[str, Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor, tuple[Branch, ...]], Tensor]:
     """A velocity function for the samplers out of a network with conditions.
 
     network(x [N, ...], sigma, **conditions) -> velocity [N, ...]. conditions: name -> [B, ...], of the batch that is sampled. nulls: name -> value that
-    stands for "not given", broadcast over one row; zeros by default. Returns `f(x, sigma, branches) -> [len(branches), B, ...]`, one call of the network.
+    stands for "not given", broadcast over one row; zeros by default. Returns `f(x, sigma, branches) -> [len(branches), B, ...]`, one call of the network; the branch of `Guidance` has all conditions on.
     A level a frame (`sigma` of more dimensions than 0 whose first is B) is repeated with the batch.
     """
     nulls = dict(nulls or {})
@@ -146,6 +146,7 @@ def batched(
 
     def call(x: Tensor, sigma, branches: tuple[Branch, ...]) -> Tensor:
         count = len(branches)
+        branches = [tuple(conditions) if branch == ("condition",) else branch for branch in branches]
         for branch in branches:
             for name in branch:
                 check_choice("branch", name, conditions)
