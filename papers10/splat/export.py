@@ -443,7 +443,7 @@ def load_cameras(path) -> CameraFile:
     cameras = Cameras(invert_poses(camtoworlds), Ks, *size, model).check()
     return CameraFile(cameras, None if times is None else torch.tensor(times, dtype=torch.float64), names, about)
 
-# %% ../../nbs/shared/splat/export.ipynb #f9cb266b
+# %% ../../nbs/shared/splat/export.ipynb #5f70c3db
 _LENSES = {"SIMPLE_PINHOLE": (0, 3), "PINHOLE": (1, 4), "SIMPLE_RADIAL": (2, 4), "RADIAL": (3, 5), "OPENCV": (4, 8), "OPENCV_FISHEYE": (5, 8), "FULL_OPENCV": (6, 12), "FOV": (7, 5),
            "SIMPLE_RADIAL_FISHEYE": (8, 4), "RADIAL_FISHEYE": (9, 5), "THIN_PRISM_FISHEYE": (10, 12)}
 
@@ -535,15 +535,14 @@ class _Reader:
         return value
 
 
-def _lens(model: str, params: Sequence[float], path: Path) -> list[float]:
-    """fx, fy, cx, cy; the lenses without distortion, or with one of 0."""
-    if model in ("PINHOLE", "OPENCV", "FULL_OPENCV"):
-        main, rest = list(params[:4]), params[4:]
-    elif model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
+def _lens(model: str, params: Sequence[float], path: Path, distortion: str) -> list[float]:
+    """fx, fy, cx, cy; of lenses with distortion only when that is to be ignored."""
+    if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"):
         main, rest = [params[0], params[0], *params[1:3]], params[3:]
     else:
-        main, rest = [], [1.0]
-    if any(rest):
+        main, rest = list(params[:4]), params[4:]
+    # A fisheye lens bends rays even where all its coefficients are 0.
+    if distortion == "error" and (any(rest) or "FISHEYE" in model or model == "FOV"):
         raise ValueError(f"path: expected a pinhole camera in {path}, got {model} with {list(params)}; undistort the pictures first (colmap image_undistorter)")
     return main
 
@@ -598,11 +597,14 @@ def _colmap_binary(folder: Path) -> tuple[dict, list, list]:
     return lenses, images, points
 
 
-def load_colmap(folder) -> ColmapModel:
+def load_colmap(folder, *, distortion: str = "error") -> ColmapModel:
     """Read a COLMAP model (binary when both kinds are there, as COLMAP does); the folder itself, or its sparse/0. Which pictures see a point is passed over; points3D may be absent.
+
+    distortion: "error" refuses lenses with distortion; "ignore" takes their focal lengths and centres, for those who want the poses and have the intrinsics of undistorted pictures.
 
     Raises FileNotFoundError for missing files; ValueError for damaged ones, a lens with distortion, an image of an unknown camera.
     """
+    check_choice("distortion", distortion, ("error", "ignore"))
     folder = Path(folder)
     folder = next((place for place in (folder, folder / "sparse" / "0", folder / "sparse") if (place / "images.bin").is_file() or (place / "images.txt").is_file()), folder)
     binary = (folder / "images.bin").is_file()
@@ -615,7 +617,7 @@ def load_colmap(folder) -> ColmapModel:
     if unknown:
         raise ValueError(f"path: expected the cameras {unknown} in {folder}, got {sorted(lenses)}")
     pose = torch.tensor([image[1] for image in images], dtype=torch.float64).reshape(-1, 7)
-    main = torch.tensor([_lens(lenses[image[2]][0], lenses[image[2]][3], folder) for image in images], dtype=torch.float64).reshape(-1, 4)
+    main = torch.tensor([_lens(lenses[image[2]][0], lenses[image[2]][3], folder, distortion) for image in images], dtype=torch.float64).reshape(-1, 4)
     Ks = torch.eye(3, dtype=torch.float64).repeat(len(images), 1, 1)
     for place, (i, j) in enumerate(((0, 0), (1, 1), (0, 2), (1, 2))):
         Ks[:, i, j] = main[:, place]

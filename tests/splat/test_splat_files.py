@@ -147,6 +147,7 @@ class TestColmap:
         lens.write_text("1 FOV 64 48 50 50 32 24 0\n")
         with pytest.raises(ValueError, match="FOV"):
             ex.load_colmap(tmp_path)
+        assert ex.load_colmap(tmp_path, distortion="ignore").Ks[0].diagonal().tolist() == [50, 50, 1]
         lens.write_text("5 PINHOLE 64 48 50 50 32 24\n")
         with pytest.raises(ValueError, match=r"expected the cameras \[1\]"):
             ex.load_colmap(tmp_path)
