@@ -7,9 +7,10 @@ Docs: https://papers10.github.io/papers10/02_neoverse/generator.html.md"""
 # %% auto #0
 __all__ = ['FRAMES', 'WIDTH', 'HEIGHT', 'KEY_FRAMES', 'ARMS', 'GeneratorConfig', 'PatchCodec', 'VideoDiT', 'ControlInput',
            'control_input', 'ControlBranch', 'controlled', 'FlowShiftScheduler', 'VideoGenerator', 'room_clips',
-           'degraded_pairs', 'train_base', 'train_control', 'distill', 'loss_by_level', 'generator_trial']
+           'degraded_pairs', 'train_base', 'train_control', 'distill', 'train_generator', 'load', 'loss_by_level',
+           'generator_trial']
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #fccb5f5c
+# %% ../../nbs/02_neoverse/10_generator.ipynb #f90362d6
 import dataclasses
 import json
 import math
@@ -24,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_finite, check_range, check_shape
+from ..core.data import DataMissing, package_root
 from ..core.loop import History, LoopConfig, TrainState, train
 from ..core.optional import need
 from ..core.random import generator, seeded, stream_seed
@@ -335,21 +337,30 @@ class FlowShiftScheduler:
 class _Step(NamedTuple):
     prev_sample: Tensor
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #dbdd43e5
+# %% ../../nbs/02_neoverse/10_generator.ipynb #fd714329
 class VideoGenerator:
     """Codec, frozen base and control branch: from rendered conditions to frames.
 
-    codec, base, branch: as trained together; branch None: no control. shift: of the sampler's levels. `generate` is what a pipeline calls.
+    codec, base, branch: as trained together; branch None: no control. student: a copy of the base that `distill` made for `student_steps` steps, None without. shift: of the sampler's levels.
+    Itself a `pipeline.Generator`.
     """
 
-    def __init__(self, codec: PatchCodec, base: VideoDiT, branch: ControlBranch | None = None, *, shift: float = 5.0):
-        self.codec, self.base, self.branch, self.shift = codec, base, branch, shift
+    student_steps = 4
+
+    def __init__(self, codec: PatchCodec, base: VideoDiT, branch: ControlBranch | None = None, *, student: VideoDiT | None = None, shift: float = 5.0):
+        self.codec, self.base, self.branch, self.student, self.shift = codec, base, branch, student, shift
         self.config = base.config
 
     def modules(self) -> dict[str, nn.Module]:
         """Name -> part."""
-        parts = {"codec": self.codec, "base": self.base, "branch": self.branch}
+        parts = {"codec": self.codec, "base": self.base, "branch": self.branch, "student": self.student}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def quick(self) -> "VideoGenerator":
+        """The student in the base's place, under the same branch. Raises ValueError without a student."""
+        if self.student is None:
+            raise ValueError("student: expected a generator with a distilled student, got none; see distill")
+        return VideoGenerator(self.codec, self.student, self.branch, shift=self.shift)
 
     @property
     def num_parameters(self) -> int:
@@ -380,22 +391,39 @@ class VideoGenerator:
             out = euler(call, noise, sigmas, guidance=Guidance(guidance_scale))
         return self.codec.decode(out).clamp(0, 1)
 
+    @property
+    def frame_step(self) -> int:
+        """Frames come as frame_step · n + 1."""
+        return self.config.time_factor
+
+    @property
+    def size_step(self) -> int:
+        """Sides are multiples of it."""
+        return self.config.space_factor * self.config.patch
+
+    def __call__(self, conditions: RenderConditions, prompts: str | Sequence[str] = "", *, negative: str = "", steps: int = 4, guidance_scale: float = 1.0, seed: int = 0) -> Float[Tensor, "B T H W 3"]:
+        """`generate` with the arguments of a `pipeline.Generator`; the small model has no text, prompts are not read."""
+        return self.generate(conditions, steps=steps, guidance_scale=guidance_scale, seed=seed)
+
     def generate(self, conditions: RenderConditions, *, steps: int = 4, guidance_scale: float = 1.0, control_scale: float = 1.0, seed: int = 0) -> Float[Tensor, "B T H W 3"]:
         """Frames [B, T, H, W, 3] in [0, 1] for rendered conditions of B clips.
 
-        steps: of Euler, 4 with a distilled base, 50 without (paper). guidance_scale, control_scale: as in `sample`; control_scale 0 is the base alone.
+        steps: of Euler (paper: 4 with a distilled base, 50 without); with `student_steps` the student is used, if there is one. guidance_scale, control_scale: as in `sample`; control_scale 0
+            is the base alone.
         Raises ValueError for sizes that boxes and tokens do not fill, with the nearest that they do.
         """
         conditions.check()
         noise = self.noise(len(conditions), *conditions.size, seed=seed).to(self.codec.basis)
-        return self.sample(noise, control_input(conditions, self.codec), steps=steps, guidance_scale=guidance_scale, control_scale=control_scale)
+        model = self.quick() if self.student is not None and steps == self.student_steps else self
+        return model.sample(noise, control_input(conditions, self.codec), steps=steps, guidance_scale=guidance_scale, control_scale=control_scale)
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """One safetensors file: weights in `dtype` and the sizes."""
-        safetensors = need("safetensors.torch")
+        from safetensors.torch import save_file
+
         tensors = {f"{name}.{key}": value.to(dtype).contiguous() for name, part in self.modules().items() for key, value in part.state_dict().items()}
         about = {"config": json.dumps(dataclasses.asdict(self.config)), "shift": repr(self.shift), "parts": json.dumps(list(self.modules())), "time_space": json.dumps([self.codec.time, self.codec.space])}
-        safetensors.save_file(tensors, os.fspath(path), metadata=about)
+        save_file(tensors, os.fspath(path), metadata=about)
 
     @staticmethod
     def load(path: str | os.PathLike) -> "VideoGenerator":
@@ -411,7 +439,8 @@ class VideoGenerator:
         codec = PatchCodec(config.latent_channels, *json.loads(about["time_space"]))
         base = VideoDiT(config, tensors.get("base.variances"))
         branch = ControlBranch(base) if "branch" in json.loads(about["parts"]) else None
-        made = VideoGenerator(codec, base, branch, shift=float(about["shift"]))
+        student = VideoDiT(config, tensors.get("student.variances")) if "student" in json.loads(about["parts"]) else None
+        made = VideoGenerator(codec, base, branch, student=student, shift=float(about["shift"]))
         for name, part in made.modules().items():
             part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
         return made
@@ -522,7 +551,24 @@ def distill(model: VideoGenerator, clips: Float[Tensor, "clip T H W 3"], *, seed
 
     return student, _fit(student, loss, seed=seed, steps=steps, lr=lr, name="distill", run=run)
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #71fc6055
+# %% ../../nbs/02_neoverse/10_generator.ipynb #47bd8cc4
+def train_generator(seed: int, *, steps: int = 600, control_steps: int = 600, distill_steps: int = 150, clips: int = 600, pairs: int = 160, config: GeneratorConfig = GeneratorConfig(), batch: int = 8, lr: float = 2e-3, run=None) -> VideoGenerator:
+    """Base, branch and student, one after the other, as in experiment E. About three minutes on one core with these numbers."""
+    rooms = room_clips(seed, clips, "base")
+    model, _ = train_base(rooms, seed=seed, config=config, steps=steps, batch=batch, lr=lr, run=run)
+    model, _ = train_control(model, *degraded_pairs(seed, pairs, "control"), seed=seed, steps=control_steps, batch=batch, lr=lr, run=run)
+    model.student, _ = distill(model, rooms, seed=seed, steps=distill_steps, batch=batch, run=run)
+    return model
+
+
+def load() -> VideoGenerator:
+    """The generator that ships (data/neoverse/generator.safetensors, half precision; trained by `train_generator` on 24 × 32 × 9 rooms). Raises DataMissing when the installation lacks it."""
+    path = package_root() / "neoverse" / "generator.safetensors"
+    if not path.exists():
+        raise DataMissing(f"{path}: expected the trained generator; train one with papers10.neoverse.generator.train_generator and save it there")
+    return VideoGenerator.load(path)
+
+# %% ../../nbs/02_neoverse/10_generator.ipynb #15b4b14f
 ARMS = ("control", "distilled")
 
 
@@ -576,7 +622,8 @@ def generator_trial(arm: str, seed: int, *, steps: int = 600, control_steps: int
 
     if arm == "distilled":
         student, _ = distill(model, rooms, seed=seed, steps=distill_steps, batch=batch, run=run)
-        quick = VideoGenerator(model.codec, student, model.branch, shift=model.shift)
+        model.student = student
+        quick = model.quick()
         frames = quick.sample(noise, control, steps=4)
         out |= {"seen_distilled_4": _decibels(frames, test_truth, seen), "unseen_distilled_4": _decibels(frames, test_truth, ~seen)}
         out["distilled_loss_of_seen"] = out["seen_control_long"] - out["seen_distilled_4"]
