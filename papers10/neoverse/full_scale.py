@@ -19,11 +19,13 @@ __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPA
            'reconstructor_flops', 'Estimate', 'sizes_of', 'estimate', 'from_parameters', 'needs', 'check',
            'generate_clips', 'run_full_scale']
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #af7d904a
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #791f0990
 import copy
+import csv
+import html
 import json
 import math
-import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..core import distributed
 from ..core.checks import check_choice, check_range, check_shape
@@ -79,7 +82,7 @@ def token_count(frames: int, height: int, width: int) -> int:
     frames, height, width = check_video_size(frames, height, width)
     return ((frames - 1) // TIME_FACTOR + 1) * (height // 16) * (width // 16)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #8d049cd9
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #82f248da
 class ControlEmbedding(nn.Module):
     """Conditions to 96 channels on the latent grid.
 
@@ -159,13 +162,13 @@ class WanControlBranch(nn.Module):
         hints = []
         for block in self.blocks:
             if checkpointing and torch.is_grad_enabled():
-                hint, c = torch.utils.checkpoint.checkpoint(block, c, x, text, time, rotary, use_reentrant=False)
+                hint, c = recomputed(block, c, x, text, time, rotary, use_reentrant=False)
             else:
                 hint, c = block(c, x, text, time, rotary)
             hints.append(hint)
         return hints
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #ab3f3dde
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #b48b655f
 class UnsupportedVersion(RuntimeError):
     """The installed diffusers is not one with which this module was tested."""
 
@@ -240,7 +243,7 @@ class WanControlTransformer(nn.Module):
         recompute = self.checkpointing and torch.is_grad_enabled()
         hints = dict(zip(self.control.layers, zip(scales, self.control(control, x, text, time, rotary, checkpointing=recompute))))
         for layer, block in enumerate(base.blocks):
-            x = torch.utils.checkpoint.checkpoint(block, x, text, time, rotary, use_reentrant=False) if recompute else block(x, text, time, rotary)
+            x = recomputed(block, x, text, time, rotary, use_reentrant=False) if recompute else block(x, text, time, rotary)
             if layer in hints:
                 scale, hint = hints[layer]
                 x = x + scale * hint.to(x.dtype)
@@ -335,7 +338,7 @@ def release_name_umt5(name: str) -> str:
     """The release's name of a weight of transformers' UMT5EncoderModel."""
     return _replaced(name, _UMT5_NAMES)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #30bf5686
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #a9fe1be2
 SHARD_PATTERN = "diffusion_pytorch_model*.safetensors"
 TEXT_FILE, VAE_FILE, TOKENIZER_FOLDER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
 # Weights that stay in float32 whatever the type of the others is, as in diffusers.
@@ -360,7 +363,7 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """(name, shape, read) of every tensor of safetensors files or pickles of tensors; a pickle that wants more than tensors is refused by torch."""
+    """(name, shape, read) of every tensor of safetensors files or pickles of tensors; a pickle that wants more than tensors is refused (ValueError)."""
     from safetensors import safe_open
 
     for file in files:
@@ -369,7 +372,10 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...], Call
                 for name in content.keys():
                     yield name, tuple(content.get_slice(name).get_shape()), lambda name=name, content=content: content.get_tensor(name)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (pickle.UnpicklingError, RuntimeError) as error:
+                raise ValueError(f"files: expected tensors only in {file.name}, got: {str(error).splitlines()[0]}") from None
             for name, value in content.items():
                 yield name, tuple(value.shape), lambda value=value: value
 
@@ -689,15 +695,13 @@ def save_lora(model: WanControlTransformer, file: str | Path, *, name: str = "tr
     save_file({f"transformer.{key}": (value * scale if ".lora_B." in key else value).detach().cpu().contiguous() for key, value in weights.items()}, str(file))
     return Path(file)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #fad6e6b4
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #15c04ea9
 PROMPT = "Fill the missing regions of this video with natural content that fits the rest."
 LOW_MEMORY = ("none", "components", "blocks")
 
 
 def clean_text(text: str) -> str:
     """A prompt as Wan's tokenizer wants it: mended characters (with ftfy when present), no HTML entities, single spaces."""
-    import html
-
     if have("ftfy"):
         text = need("ftfy", "flow").fix_text(text)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
@@ -874,7 +878,7 @@ def store_8bit(model: WanControlTransformer, dtype: torch.dtype | None = None) -
     model._stored_8bit = True
     return model
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #de55153f
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #cc214867
 class ClipFile(NamedTuple):
     """A video for training. Fields: name, path, caption."""
 
@@ -894,8 +898,6 @@ def _first(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str:
 
 
 def _spatialvid(folder: Path, table_file: Path) -> Iterator[ClipFile]:
-    import csv
-
     with open(table_file, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file)):
             name = row.get("id") or Path(_first(row, _PATH_COLUMNS, f"{table_file.name}, row {number}")).stem
@@ -918,8 +920,6 @@ def clip_files(folder: str | Path) -> list[ClipFile]:
 
     Raises: FileNotFoundError for no folder or a listed video that is not there; ValueError for no clips or a list without the columns.
     """
-    import csv
-
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder of clips, got {folder}")
@@ -1026,7 +1026,7 @@ class TrainingClips:
         """Go on from a position."""
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #bf531e82
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #4a771978
 class FullScale(Config):
     """One run at full scale; the defaults are the paper's where it says them.
 
@@ -1161,7 +1161,15 @@ def build_optimizer(module: nn.Module, settings: FullScale) -> torch.optim.Optim
             raise ValueError("optimizer: expected several processes for 'zero', got one")
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, **options)
+        class SharedMoments(ZeroRedundancyOptimizer):
+            """Forgets the moments that belong to other processes when it reads a checkpoint, instead of marking them with None."""
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                super().load_state_dict(state_dict)
+                for index in [index for index, value in state_dict["state"].items() if value is None]:
+                    del state_dict["state"][index]
+
+        return SharedMoments(parameters, optimizer_class=torch.optim.AdamW, **options)
     return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
 
 
