@@ -11,7 +11,7 @@ __all__ = ['MOTIONS', 'IMAGE_MEAN', 'IMAGE_STD', 'ACTIVATIONS', 'ReconstructorCo
            'Fusion', 'DPTHead', 'camera_to_vector', 'vector_to_camera', 'CameraHead', 'GaussianParameters',
            'GaussianHead', 'ReconOutput', 'NeoVerseReconstructor']
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #b721da44
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #df14e718
 import json
 import math
 import warnings
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.checkpoint import load_tensors, save_tensors
 from ..core.checks import check_choice, check_finite, check_range, check_same, check_shape
 from ..core.config import Config, from_mapping, to_mapping
+from ..core.optional import need
 from ..lm.rope import rotary
 from .gaussians4d import Gaussians4D
 from ..splat.cameras import Cameras, check_poses, invert_poses, make_poses, unproject
@@ -667,7 +668,7 @@ class GaussianHead(nn.Module):
         sh = torch.cat([sh[..., :1, :] + own[..., None, :], sh[..., 1:, :]], -2)
         return GaussianParameters(quats / (quats.norm(dim=-1, keepdim=True) + 1e-8), scales.exp().clamp_max(self.max_scale), opacities[..., 0].sigmoid(), sh, life[..., 0].sigmoid())
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #8229132a
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #ab62c6d6
 @dataclass(frozen=True)
 class ReconOutput:
     """What the reconstructor says about B clips of S frames.
@@ -875,6 +876,28 @@ class NeoVerseReconstructor(nn.Module):
             scenes.append(Gaussians4D(gaussians, key, times[clip].to(means.device), **motion, life=flat(parameters.life), confidence=flat(confidence), gamma=self.config.gamma))
         return scenes
 
+    def cameras_of_all(self, images: Float[Tensor, "batch time 3 height width"], keys: Sequence[int], out: ReconOutput) -> tuple[Float[Tensor, "batch time 4 4"], Float[Tensor, "batch time 3 3"]]:
+        """Cameras of all frames of the clips, in the scale of a reconstruction from some of them: camtoworlds and Ks in pixels.
+
+        A second pass over all frames predicts all cameras; its translations are multiplied by the mean distance of the key frames' cameras from the origin in `out` over that in this pass.
+
+        Args:
+            images: all T frames in [0, 1]. keys: numbers of the frames from which `out` was made, in their order.
+
+        Raises: ValueError for numbers of frames that do not fit. Source: released code's evaluation.
+        """
+        dims = check_shape("images", images, "B T 3 H W")
+        if len(keys) != out.camtoworlds.shape[1] or dims["B"] != out.camtoworlds.shape[0] or not all(0 <= key < dims["T"] for key in keys):
+            raise ValueError(f"keys: expected {out.camtoworlds.shape[1]} numbers below {dims['T']}, for the {out.camtoworlds.shape[0]} clips of out, got {list(keys)} for {dims['B']} clips")
+        self._checked(images, torch.arange(dims["T"]).expand(dims["B"], -1), None, None, None)
+        tokens, _ = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            viewmats, Ks = vector_to_camera(self.camera_head(tokens[-1][:, :, 0].to(self.camera_head.start.dtype))[-1], dims["H"], dims["W"])
+        poses = invert_poses(viewmats)
+        reach = lambda places: places.norm(dim=-1).mean(1)  # noqa: E731
+        scale = reach(out.camtoworlds[..., :3, 3]) / (reach(poses[:, list(keys), :3, 3]) + 1e-6)
+        return make_poses(poses[..., :3, :3], poses[..., :3, 3] * scale[:, None, None]), Ks
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into `folder`, which is made when it is not there."""
         folder = Path(folder)
@@ -883,8 +906,13 @@ class NeoVerseReconstructor(nn.Module):
         save_tensors(self.state_dict(), folder / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "NeoVerseReconstructor":
-        """Reads what `save_pretrained` wrote. Raises FileNotFoundError for a missing file, `ConfigError` for sizes that are none. Released checkpoints: `neoverse.checkpoints`."""
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", *, download: bool = False) -> "NeoVerseReconstructor":
+        """Reads what `save_pretrained` wrote, from a folder, or with `download` from a repository "owner/name" of the Hugging Face hub.
+
+        Raises FileNotFoundError for a missing file, `ConfigError` for sizes that are none, `MissingExtra` for a download without huggingface_hub. Released checkpoints: `neoverse.checkpoints`.
+        """
+        if download and not Path(folder).exists():
+            folder = need("huggingface_hub", "lm").snapshot_download(str(folder), allow_patterns=["config.json", "model.safetensors"])
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():

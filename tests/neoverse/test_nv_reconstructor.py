@@ -99,6 +99,21 @@ def test_later_frames_are_exchangeable_without_motion():
     torch.testing.assert_close(plain.cam_seq[-1][:, order], mixed.cam_seq[-1], atol=1e-5, rtol=1e-4)
 
 
+def test_cameras_of_all_frames_have_the_scale_of_the_key_frames():
+    model = stirred(small())
+    images, times = inputs(2, 5)
+    keys = [0, 2, 4]
+    with torch.no_grad():
+        out = model(images[:, keys], times[:, keys])
+        poses, Ks = model.cameras_of_all(images, keys, out)
+        same, _ = model.cameras_of_all(images[:, keys], [0, 1, 2], out)
+    assert poses.shape == (2, 5, 4, 4) and Ks.shape == (2, 5, 3, 3)
+    torch.testing.assert_close(poses[:, keys, :3, 3].norm(dim=-1).mean(1), out.camtoworlds[..., :3, 3].norm(dim=-1).mean(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(same, out.camtoworlds, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="keys"):
+        model.cameras_of_all(images, [0, 2], out)
+
+
 def test_clips_of_a_batch_do_not_mix():
     model = stirred(small())
     images, times = inputs(2)
