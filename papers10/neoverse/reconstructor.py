@@ -9,7 +9,7 @@ __all__ = ['MOTIONS', 'IMAGE_MEAN', 'IMAGE_STD', 'ACTIVATIONS', 'ReconstructorCo
            'Attention', 'Block', 'ConvEmbed', 'DinoEmbed', 'DepthEmbed', 'normalized_positions', 'normalized_depth',
            'Backbone', 'MotionTokens', 'MotionBranch', 'signed_expm1', 'bounded_rotation', 'place_code', 'ResidualConv',
            'Fusion', 'DPTHead', 'camera_to_vector', 'vector_to_camera', 'CameraHead', 'GaussianParameters',
-           'GaussianHead', 'ReconOutput', 'NeoVerseReconstructor']
+           'GaussianHead', 'ReconOutput', 'NeoVerseReconstructor', 'keep_confident']
 
 # %% ../../nbs/02_neoverse/06_reconstructor.ipynb #df14e718
 import json
@@ -934,3 +934,13 @@ def _warn_still() -> None:
     if not _NO_MOTION_WARNED:
         _NO_MOTION_WARNED = True
         warnings.warn("motion: a single frame shows no motion; the result does not move", stacklevel=3)
+
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #8adfe3bc
+def keep_confident(scene: Gaussians4D, share: float = 0.7, limit: int = 5_000_000) -> Gaussians4D:
+    """The `share` of the Gaussians with the largest confidence, at most `limit`, in their order. Raises ValueError for a scene without confidence or numbers out of range."""
+    if scene.confidence is None:
+        raise ValueError("scene: expected Gaussians with a confidence, got None")
+    check_range("share", share, 0, 1)
+    check_range("limit", limit, 0)
+    count = min(math.ceil(share * len(scene)), limit)
+    return scene.index(scene.confidence.detach().topk(count, sorted=False).indices.sort().values)

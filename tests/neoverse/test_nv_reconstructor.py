@@ -288,6 +288,28 @@ def test_chunks_change_nothing():
         torch.testing.assert_close(outs[0].gaussians[0].gaussians.means, other.gaussians[0].gaussians.means, atol=1e-5, rtol=1e-5)
 
 
+def test_positions_need_no_float64():
+    attend = seeded(0, "attention", lambda: module.Attention(64, 2))
+    x, positions = torch.randn(1, 40 * 24, 64, generator=generator(0, "x")), patch_positions(24, 40)
+    with torch.no_grad():
+        single = attend(x, positions)
+        exact = attend.double()(x.double(), positions)
+    torch.testing.assert_close(single.double(), exact, atol=1e-4, rtol=0)
+
+
+def test_confident_gaussians_are_kept():
+    model = stirred(small())
+    with torch.no_grad():
+        scene = model(*inputs()).gaussians[0]
+    kept = module.keep_confident(scene, 0.25)
+    assert len(kept) == len(scene) // 4 and float(kept.confidence.min()) >= float(scene.confidence.quantile(0.74))
+    assert bool((kept.key.diff() >= 0).all()) and len(module.keep_confident(scene, 1.0, limit=5)) == 5
+    with pytest.raises(ValueError, match="confidence"):
+        module.keep_confident(scene.replace(confidence=None))
+    with pytest.raises(ValueError, match="share"):
+        module.keep_confident(scene, 1.5)
+
+
 def test_priors_are_used_and_normalised():
     model = stirred(small(prior_tokens=True))
     images, times = inputs()
