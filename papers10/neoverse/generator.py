@@ -133,21 +133,17 @@ class PatchCodec(nn.Module):
         first = frames[:, :1].mean(2)
         return torch.cat([first, frames[:, 1:].flatten(1, 2)], 1)
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #fe02fa8e
+# %% ../../nbs/02_neoverse/10_generator.ipynb #47ab420f
 class VideoDiT(nn.Module):
     """A transformer over the latents of a video that predicts the velocity of rectified flow.
 
     Tokens are `patch` x `patch` latents; attention turns with time, row and column; the noise level modulates every block; text tokens (cross-attention) or a label may be given.
-    variances: [C] mean squares of the latents' channels; the network then predicts what the best velocity for independent normal latents misses (our choice), else (Wan) the velocity itself.
-    A fresh network predicts that velocity, or zero. `forward(latents [B, C, T', h, w], sigma [B] or number) -> velocity` of the same shape.
+    A fresh network predicts zero. `forward(latents [B, C, T', h, w], sigma [B] or number) -> velocity` of the same shape.
     """
 
-    def __init__(self, config: GeneratorConfig = GeneratorConfig(), variances: Float[Tensor, "C"] | None = None):
+    def __init__(self, config: GeneratorConfig = GeneratorConfig()):
         super().__init__()
         self.config = config
-        self.register_buffer("variances", None if variances is None else check_finite("variances", variances.detach().clone().float()))
-        if variances is not None:
-            check_shape("variances", variances, "C", {"C": config.latent_channels})
         dim, patch = config.dim, (1, config.patch, config.patch)
         self.patch_embedding = nn.Conv3d(config.latent_channels, dim, patch, patch)
         self.time_embedding = TimestepEmbedding(dim)
@@ -166,8 +162,7 @@ class VideoDiT(nn.Module):
         if (text is None) != (self.text_embedding is None):
             raise ValueError(f"text: expected {'tokens [B, L, text_dim]' if self.text_embedding else 'None, the network has no text_dim'}, got {'None' if text is None else 'a tensor'}")
         sigma = torch.as_tensor(sigma, dtype=latents.dtype, device=latents.device).expand(len(latents))
-        _, entrance, _ = self._skip(sigma)
-        x = self.patch_embedding(latents * entrance)
+        x = self.patch_embedding(latents)
         positions = grid_positions(*x.shape[2:], device=x.device)
         time = self.time_embedding(sigma)
         if self.labels is not None:
@@ -180,31 +175,21 @@ class VideoDiT(nn.Module):
             given["context"] = self.text_embedding(text)
         return x.flatten(2).transpose(1, 2), given
 
-    def _skip(self, sigma: Tensor) -> tuple[Any, Any, Any]:
-        """Factors of the state in the velocity, of the state at the entrance, and of the network's output: [B, C, 1, 1, 1], or numbers without variances."""
-        if self.variances is None:
-            return 0.0, 1.0, 1.0
-        sigma, power = sigma[:, None, None, None, None], self.variances.to(sigma)[:, None, None, None]
-        total = sigma**2 + (1 - sigma) ** 2 * power
-        return (sigma - (1 - sigma) * power) / total, total.rsqrt(), (power / total).sqrt()
-
-    def finish(self, x: Tensor, given: Mapping[str, Tensor], latents: Tensor, sigma, hints: Sequence[Tensor] = (), control_scale: float = 1.0) -> Tensor:
-        """Blocks and head. latents, sigma: what `start` was given. hints: one for each of `control_layers`, added after the layer, times control_scale."""
+    def finish(self, x: Tensor, given: Mapping[str, Tensor], grid: tuple[int, int, int], hints: Sequence[Tensor] = (), control_scale: float = 1.0) -> Tensor:
+        """Blocks and head. grid: frames, rows and columns of the latents. hints: one for each of `control_layers`, added after the layer, times control_scale."""
         hints = dict(zip(self.config.control_layers, hints))
         for layer, block in enumerate(self.blocks):
             x = block(x, **given)
             if layer in hints:
                 x = x + control_scale * hints[layer]
-        patch, (frames, height, width) = self.config.patch, latents.shape[2:]
+        patch, (frames, height, width) = self.config.patch, grid
         out = self.head(x, given["time"]).transpose(1, 2).unflatten(1, (-1, patch, patch)).unflatten(-1, (frames, height // patch, width // patch))
-        out = out.permute(0, 1, 4, 5, 2, 6, 3).flatten(5).flatten(3, 4)
-        straight, _, size = self._skip(torch.as_tensor(sigma, dtype=latents.dtype, device=latents.device).expand(len(latents)))
-        return out if self.variances is None else straight * latents + size * out
+        return out.permute(0, 1, 4, 5, 2, 6, 3).flatten(5).flatten(3, 4)
 
     def forward(self, latents: Float[Tensor, "B C T2 h w"], sigma, *, text: Tensor | None = None, labels: Tensor | None = None) -> Float[Tensor, "B C T2 h w"]:
-        return self.finish(*self.start(latents, sigma, text=text, labels=labels), latents, sigma)
+        return self.finish(*self.start(latents, sigma, text=text, labels=labels), tuple(latents.shape[2:]))
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #180dc9f3
+# %% ../../nbs/02_neoverse/10_generator.ipynb #292ec3b0
 class ControlInput(NamedTuple):
     """What the control branch reads: latents of colour and depth [B, C, T', h, w], and mask_rays [B, 7, T, H, W] = mask, d, o × d."""
 
@@ -276,7 +261,7 @@ def controlled(base: VideoDiT, branch: ControlBranch, latents: Float[Tensor, "B 
     """The base's velocity with the branch's hints times control_scale; with 0, or without control, the branch is not computed."""
     x, common = base.start(latents, sigma, **given)
     hints = branch(control, x, common) if control is not None and control_scale else ()
-    return base.finish(x, common, latents, sigma, hints, control_scale)
+    return base.finish(x, common, tuple(latents.shape[2:]), hints, control_scale)
 
 # %% ../../nbs/02_neoverse/10_generator.ipynb #0e22c09b
 class FlowShiftScheduler:
@@ -337,7 +322,7 @@ class FlowShiftScheduler:
 class _Step(NamedTuple):
     prev_sample: Tensor
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #fd714329
+# %% ../../nbs/02_neoverse/10_generator.ipynb #70af512d
 class VideoGenerator:
     """Codec, frozen base and control branch: from rendered conditions to frames.
 
@@ -437,9 +422,9 @@ class VideoGenerator:
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}
         config = GeneratorConfig(**json.loads(about["config"]))
         codec = PatchCodec(config.latent_channels, *json.loads(about["time_space"]))
-        base = VideoDiT(config, tensors.get("base.variances"))
+        base = VideoDiT(config)
         branch = ControlBranch(base) if "branch" in json.loads(about["parts"]) else None
-        student = VideoDiT(config, tensors.get("student.variances")) if "student" in json.loads(about["parts"]) else None
+        student = VideoDiT(config) if "student" in json.loads(about["parts"]) else None
         made = VideoGenerator(codec, base, branch, student=student, shift=float(about["shift"]))
         for name, part in made.modules().items():
             part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
@@ -475,7 +460,7 @@ def degraded_pairs(seed: int, count: int, part: str = "train", *, frames: int = 
         truth.append(clip.rgb)
     return RenderConditions.cat(conditions), torch.stack(truth)
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #db7c8697
+# %% ../../nbs/02_neoverse/10_generator.ipynb #f31e85ae
 def _fit(module: nn.Module, loss_fn: Callable[[torch.Generator], Tensor], *, seed: int, steps: int, lr: float, name: str, run=None) -> History:
     """AdamW with a linear start and cosine end; loss_fn draws its own batch."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -489,7 +474,7 @@ def train_base(clips: Float[Tensor, "clip T H W 3"], *, seed: int, config: Gener
     """A codec fitted to clips and a base trained on them without any condition; levels from the shifted table, bell weight (section 2.8)."""
     codec = PatchCodec(config.latent_channels, config.time_factor, config.space_factor).fit(clips)
     latents = codec.encode(clips)
-    base = seeded(seed, "video base", lambda: VideoDiT(config, latents.square().mean((0, 2, 3, 4))))
+    base = seeded(seed, "video base", lambda: VideoDiT(config))
     levels = FlowShiftScheduler(shift=shift)
 
     def loss(draws: torch.Generator) -> Tensor:
@@ -533,7 +518,7 @@ def distill(model: VideoGenerator, clips: Float[Tensor, "clip T H W 3"], *, seed
     """
     check_range("substeps", substeps, 1)
     teacher = model.base.requires_grad_(False)
-    student = VideoDiT(teacher.config, teacher.variances)
+    student = VideoDiT(teacher.config)
     student.load_state_dict(teacher.state_dict())
     latents, fine = model.codec.encode(clips), sigma_grid(student_steps * substeps, model.shift)
 
@@ -568,7 +553,7 @@ def load() -> VideoGenerator:
         raise DataMissing(f"{path}: expected the trained generator; train one with papers10.neoverse.generator.train_generator and save it there")
     return VideoGenerator.load(path)
 
-# %% ../../nbs/02_neoverse/10_generator.ipynb #15b4b14f
+# %% ../../nbs/02_neoverse/10_generator.ipynb #9b06ac8b
 ARMS = ("control", "distilled")
 
 
@@ -589,7 +574,10 @@ def generator_trial(arm: str, seed: int, *, steps: int = 600, control_steps: int
     """Experiment E for one seed: base, control branch and, in the arm "distilled", a four-step student under the same branch.
 
     steps, control_steps, distill_steps: of the three trainings. clips: rooms of the base. pairs: degraded rooms of the branch. test_clips: degraded rooms nobody trained on.
-    long_steps: of the sampler that four steps are compared with. Returns numbers for the record; PSNR in dB over trusted pixels (`seen_`: mask 1) or over all others (`unseen_`).
+    long_steps: of the sampler that four steps are compared with.
+    Returns numbers for the record. PSNR in dB over trusted pixels (`seen_`), distrusted pixels of key frames (`holes_`) and all other frames (`between_`); `spread_`: deviation over noise seeds there;
+    `loss_fall`: share by which control lowers the loss, over ten levels of training on the same noise; `seen_gain_`: control less base; `seen_lost_by_distillation`: the better of 4 and
+    long_steps under control less the student; `teacher_gap_4`, `student_gap_4`: distance of four steps to long_steps of the base, without control.
     """
     check_choice("arm", arm, ARMS)
     rooms = room_clips(seed, clips, "base")
@@ -598,35 +586,38 @@ def generator_trial(arm: str, seed: int, *, steps: int = 600, control_steps: int
     test, test_truth = degraded_pairs(seed, test_clips, "test")
     control, noise = control_input(test, model.codec), model.noise(test_clips, *test.size, seed=seed)
     seen = test.mask[..., 0] > 0.5
+    on_key = torch.zeros_like(seen)
+    on_key[:, list(KEY_FRAMES)] = True
+    places = {"seen": seen, "holes": on_key & ~seen, "between": ~on_key}
     levels = FlowShiftScheduler(shift=model.shift).training_sigmas[49::100]
-    before = loss_by_level(model, test_truth, None, levels, seed=seed)
-    out = {"condition_seen": _decibels(test.rgb, test_truth, seen), "condition_unseen": _decibels(test.rgb, test_truth, ~seen), "codec_seen": _decibels(model.codec.decode(model.codec.encode(test_truth)), test_truth, seen)}
-    out |= {"seen_share": float(seen.double().mean()), "base_loss": sum(before) / len(before)}
+    out: dict[str, float] = {f"share_{place}": float(where.double().mean()) for place, where in places.items()}
 
-    fresh = VideoGenerator(model.codec, model.base, ControlBranch(model.base), shift=model.shift)
-    plain = model.sample(noise, steps=4)
+    def note(name: str, frames: Tensor) -> None:
+        out.update({f"{place}_{name}": _decibels(frames, test_truth, where) for place, where in places.items()})
+
+    note("condition", test.rgb)
+    note("codec", model.codec.decode(model.codec.encode(test_truth)))
+    before = loss_by_level(model, test_truth, None, levels, seed=seed)
+    fresh, plain, long_base = VideoGenerator(model.codec, model.base, ControlBranch(model.base), shift=model.shift), model.sample(noise, steps=4), model.sample(noise, steps=long_steps)
     out["zero_init_difference"] = float((fresh.sample(noise, control, steps=4) - plain).abs().max())
+    note("base_4", plain)
+    note("base_long", long_base)
+
     model, _ = train_control(model, conditions, truth, seed=seed, steps=control_steps, batch=batch, lr=lr, run=run)
     out["scale_zero_difference"] = float((model.sample(noise, control, steps=4, control_scale=0.0) - plain).abs().max())
     after = loss_by_level(model, test_truth, control, levels, seed=seed)
-    out |= {"control_loss": sum(after) / len(after), "loss_fall": 1 - sum(after) / sum(before)}
-
-    long_base = model.sample(noise, steps=long_steps)
-    for name, frames in {"base_4": plain, "base_long": long_base, "control_4": model.sample(noise, control, steps=4), "control_long": model.sample(noise, control, steps=long_steps)}.items():
-        out |= {f"seen_{name}": _decibels(frames, test_truth, seen), f"unseen_{name}": _decibels(frames, test_truth, ~seen)}
+    out |= {"base_loss": sum(before) / len(before), "control_loss": sum(after) / len(after), "loss_fall": 1 - sum(after) / sum(before)}
+    note("control_4", model.sample(noise, control, steps=4))
+    note("control_long", model.sample(noise, control, steps=long_steps))
     out["seen_gain_4"], out["seen_gain_long"] = out["seen_control_4"] - out["seen_base_4"], out["seen_control_long"] - out["seen_base_long"]
-    others = torch.stack([model.sample(model.noise(test_clips, *test.size, seed=seed + 1000 * k), control, steps=4) for k in range(1, 4)])
-    spread = others.std(0).mean(-1)
-    out |= {"spread_seen": float(spread[seen].mean()), "spread_unseen": float(spread[~seen].mean())}
-    out["spread_ratio"] = out["spread_unseen"] / out["spread_seen"]
+    spread = torch.stack([model.sample(model.noise(test_clips, *test.size, seed=seed + 1000 * k), control, steps=4) for k in range(1, 4)]).std(0).mean(-1)
+    out |= {f"spread_{place}": float(spread[where].mean()) for place, where in places.items()}
+    out["spread_ratio"] = out["spread_holes"] / out["spread_seen"]
 
     if arm == "distilled":
-        student, _ = distill(model, rooms, seed=seed, steps=distill_steps, batch=batch, run=run)
-        model.student = student
-        quick = model.quick()
-        frames = quick.sample(noise, control, steps=4)
-        out |= {"seen_distilled_4": _decibels(frames, test_truth, seen), "unseen_distilled_4": _decibels(frames, test_truth, ~seen)}
-        out["distilled_loss_of_seen"] = out["seen_control_long"] - out["seen_distilled_4"]
+        model.student, _ = distill(model, rooms, seed=seed, steps=distill_steps, batch=batch, run=run)
+        note("distilled_4", model.quick().sample(noise, control, steps=4))
+        out["seen_lost_by_distillation"] = max(out["seen_control_4"], out["seen_control_long"]) - out["seen_distilled_4"]
         out["teacher_gap_4"] = float((plain - long_base).square().mean().sqrt())
-        out["student_gap_4"] = float((quick.sample(noise, steps=4) - long_base).square().mean().sqrt())
+        out["student_gap_4"] = float((model.quick().sample(noise, steps=4) - long_base).square().mean().sqrt())
     return out | {"parameters_base": float(sum(p.numel() for p in model.base.parameters())), "parameters_branch": float(sum(p.numel() for p in model.branch.parameters())), "final_base_loss": base_history.tail("loss")}
