@@ -36,7 +36,7 @@ from ..splat.cameras import Cameras, Sim3, align_poses, check_poses, interpolate
 from ..splat.gaussians import Gaussians
 from ..splat.rotations import convert_quat, matrix_to_quat, quat_mul, quat_normalize, quat_to_matrix
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #5c1b92ed
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #b51acbb3
 class Clip(NamedTuple):
     """A source: frames [T, H, W, 3] in [0, 1], times [T] float64 in seconds from 0, fps of these frames."""
 
@@ -45,12 +45,12 @@ class Clip(NamedTuple):
     fps: float
 
 
-def load_clip(video: Any, num_frames: int | None = 81, *, size: tuple[int, int] | None = None, sampling: str = "uniform", start: int = 0, fps: float | None = None) -> Clip:
+def load_clip(video: Any, num_frames: int | None = 81, *, size: int | tuple[int, int] | None = None, sampling: str = "uniform", start: int = 0, fps: float | None = None) -> Clip:
     """Frames of a video, evenly spaced.
 
     Args:
         video: a video file, GIF, folder of pictures, picture, data name ("clip/bigbuckbunny"), `core.media.Video`, or frames [T, H, W, 3] uint8 or in [0, 1].
-        num_frames: at most so many (None: all). size: (height, width), reached by scaling to cover and cropping the centre; None keeps the file's.
+        num_frames: at most so many (None: all). size: (height, width), reached by scaling to cover and cropping the centre, or the short side; None keeps the file's.
         sampling: "uniform": evenly from start to the end; "first": the first ones. start: first frame. fps: of frames given as a tensor, 16 when not given.
 
     Raises: as `core.media.read_video`; ValueError for no frames or other shapes. Source: official `load_video`.
@@ -82,13 +82,13 @@ def load_clip(video: Any, num_frames: int | None = 81, *, size: tuple[int, int] 
     times = chosen.double() / rate
     return Clip(to_float(frames[chosen]), times - times[0], float(rate if len(chosen) < 2 else (len(chosen) - 1) / (times[-1] - times[0])))
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #c9f75c02
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #6a8ea4f3
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
     """A scene rebuilt from S key frames.
 
     Fields: scene; camtoworlds [S, 4, 4]; Ks [S, 3, 3] pixels; depths [S, H, W] camera z; frames [S, H, W, 3] in [0, 1]; times [S] float64; static: nothing moves;
-    static_mask [N], True for Gaussians that do not move, when it was determined.
+    static_mask [S, H, W], True where the Gaussian of a pixel never moves, once that was determined (`separated`).
     """
 
     scene: Gaussians4D
@@ -98,7 +98,7 @@ class Reconstruction:
     frames: Float[Tensor, "key height width 3"]
     times: Float[Tensor, "key"]
     static: bool = False
-    static_mask: Bool[Tensor, "N"] | None = None
+    static_mask: Bool[Tensor, "key height width"] | None = None
 
     def __len__(self) -> int:
         return len(self.camtoworlds)
@@ -142,8 +142,8 @@ class Reconstruction:
         Only for one Gaussian a pixel, frame after frame. Source: our choice; swapped depth estimators are a known trap of such pipelines.
         """
         high, wide = self.size
-        if len(self.scene.gaussians) != len(self) * high * wide:
-            raise ValueError(f"scene: expected one Gaussian a pixel, {len(self) * high * wide}, got {len(self.scene.gaussians)}")
+        if len(self.scene) != len(self) * high * wide or self.static_mask is not None:
+            raise ValueError(f"scene: expected one Gaussian a pixel, {len(self) * high * wide}, before static ones are separated, got {len(self.scene)}")
         cameras, apart = self.cameras(), []
         rows, columns = torch.meshgrid(torch.arange(high) + 0.5, torch.arange(wide) + 0.5, indexing="ij")
         grid = torch.stack([columns, rows], -1).reshape(-1, 2)
@@ -468,16 +468,21 @@ class DepthAnything3Reconstructor:
         whole[:, :3] = views[:, :3]
         return _from_maps(frames, times, depths, invert_poses(whole), inner, static, self.flow if motion else None, "depth_anything_3")
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #55aefc85
-def separated(reconstruction: Reconstruction, *, speed_threshold: float | str = "auto", occlusion_tol: float = 0.05, **options) -> Reconstruction:
-    """With static Gaussians drawn at all times. Without velocities, or with one Gaussian a pixel no more, it comes back as it was. options: of `separation.separate`."""
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #0e7d85c9
+def separated(reconstruction: Reconstruction, *, speed_threshold: float | str = "auto", occlusion_tol: float = 0.05, voxel: float | str | None = "pixel", **options) -> Reconstruction:
+    """With static Gaussians drawn at all times.
+
+    voxel: cells in which static ones of several key frames are merged; "pixel": what a pixel covers at the median depth (our choice, see the table below), None: no merging. Without velocities, without one Gaussian for every pixel, or separated already, the reconstruction
+    comes back as it was. options: of `separation.separate`.
+    """
     scene, high, wide = reconstruction.scene, *reconstruction.size
-    if reconstruction.static or (scene.velocity_forward is None and scene.velocity_backward is None) or len(scene) != len(reconstruction) * high * wide:
+    if reconstruction.static or reconstruction.static_mask is not None or (scene.velocity_forward is None and scene.velocity_backward is None) or len(scene) != len(reconstruction) * high * wide:
         return reconstruction
     sides = [value.norm(dim=-1) for value in (scene.velocity_forward, scene.velocity_backward) if value is not None]
     speeds = torch.stack(sides).amax(0).reshape(reconstruction.depths.shape)
     mask, _ = scene.separate(reconstruction.cameras(), reconstruction.depths, speeds, speed_threshold=speed_threshold, occlusion_tol=occlusion_tol, **options)
-    return replace(reconstruction, scene=scene.aggregate(mask), static_mask=mask)
+    cell = reconstruction.median_depth / float(reconstruction.Ks[:, 0, 0].median()) if voxel == "pixel" else voxel
+    return replace(reconstruction, scene=scene.aggregate(mask, voxel=cell), static_mask=mask.reshape(reconstruction.depths.shape))
 
 # %% ../../nbs/02_neoverse/12_pipeline.ipynb #db96de6e
 def moved_scene(scene: Gaussians4D, similarity: Sim3) -> Gaussians4D:
@@ -617,7 +622,7 @@ def generate_long(generator: Generator, conditions: RenderConditions, *, window:
         before = end
     return film
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #fac6e8ba
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #d4633046
 @dataclass(frozen=True, eq=False)
 class VideoOutput:
     """A film and what lay between. Fields: frames uint8 [T, H, W, 3]; fps; conditions; alpha [T, H, W, 1]; times [T]; reconstruction; seconds by stage."""
@@ -650,7 +655,7 @@ class NeoVersePipeline:
     Source: official `inference.py`; the protocols, windows and repairs are ours.
     """
 
-    def __init__(self, reconstructor: Reconstructor | None = None, generator: Generator | None = None, *, separate: bool = False, blend: str = "both", window: int = 81, overlap: int = 8):
+    def __init__(self, reconstructor: Reconstructor | None = None, generator: Generator | None = None, *, separate: bool = True, blend: str = "both", window: int = 81, overlap: int = 8):
         self.reconstructor = DepthReconstructor() if reconstructor is None else reconstructor
         self.generator = generator
         self.separate, self.blend = separate, blend
@@ -685,6 +690,17 @@ class NeoVersePipeline:
         generator.frame_step, generator.size_step = 4, 16
         return cls(reconstructor, generator, **{"overlap": 8, **options})
 
+    def load(self, video: Any, num_frames: int | None = 81, *, size: int | tuple[int, int] | None = None, auto_fix: bool = True) -> Clip:
+        """A clip in a size that the reconstructor takes. video: what `load_clip` takes, or a `Clip`. auto_fix: scale the frames, instead of refusing. Raises ValueError with the nearest size."""
+        clip = video if isinstance(video, Clip) else load_clip(video, num_frames, size=size)
+        wanted, step = tuple(clip.frames.shape[1:3]), getattr(self.reconstructor, "size_step", 1)
+        fitting = tuple(max(step, _nearest(side, step)) for side in wanted)
+        if wanted == fitting:
+            return clip
+        if not auto_fix:
+            raise ValueError(f"size: expected multiples of {step}, which the reconstructor's patches take, nearest {fitting}, got {wanted}; auto_fix=True scales the frames")
+        return clip._replace(frames=resize(clip.frames, fitting))
+
     def reconstruct(self, clip: Clip, *, num_keyframes: int | None = None, static: bool = False, motion: bool = True) -> Reconstruction:
         """The scene of a clip from `num_keyframes` of its frames, evenly spaced (None: all); static Gaussians aggregated."""
         count = len(clip.frames)
@@ -695,14 +711,14 @@ class NeoVersePipeline:
         return separated(found) if self.separate else found
 
     def __call__(self, video: Any, trajectory: CameraTrajectory | str | os.PathLike | Mapping = "static", prompt: str | None = None, *, negative_prompt: str = "", num_frames: int = 81,
-                 size: tuple[int, int] | None = None, num_keyframes: int | None = None, motion: bool | None = None, alpha_threshold: float = 1.0, use_first_frame: bool | None = None,
+                 size: int | tuple[int, int] | None = None, num_keyframes: int | None = None, motion: bool | None = None, alpha_threshold: float = 1.0, use_first_frame: bool | None = None,
                  static: bool = False, steps: int = 4, guidance_scale: float = 1.0, seed: int = 0, fps: float = 16.0, auto_fix: bool = False, metric_scale: float | None = None,
                  output_size: tuple[int, int] | None = None) -> VideoOutput:
         """A film of `video` along `trajectory`.
 
         Args:
             video: what `load_clip` takes, or a `Clip`. trajectory: a `CameraTrajectory`, the name of an operation, a JSON file, or the mapping it holds.
-            num_frames: of the source, at most, and of a trajectory given by name. size: (height, width) of the source's frames. output_size: of the film, when not that of the source.
+            num_frames: of the source, at most, and of a trajectory given by name. size: (height, width) of the source's frames, or their short side. output_size: of the film, when not that of the source.
             num_keyframes: frames that are rebuilt; None: all of them ("quality", official demo), fewer are faster and use motion between them. motion: None: where frames are left out.
             alpha_threshold: opacity above which the generator keeps the rendering; 1 repaints everything. use_first_frame: give the generator the true first frame; None: as the trajectory says.
             static: nothing moves in the source. fps: of the film. auto_fix: change sizes to the nearest that the generator takes, instead of refusing.
@@ -724,13 +740,7 @@ class NeoVersePipeline:
             trajectory = CameraTrajectory.from_predefined(trajectory, num_frames)
         elif not isinstance(trajectory, CameraTrajectory):
             trajectory = CameraTrajectory.from_json(trajectory)
-        clip = video if isinstance(video, Clip) else load_clip(video, num_frames, size=size)
-        wanted, step = tuple(clip.frames.shape[1:3]), getattr(self.reconstructor, "size_step", 1)
-        fitting = tuple(max(step, _nearest(side, step)) for side in wanted)
-        if wanted != fitting:
-            if not auto_fix:
-                raise ValueError(f"size: expected multiples of {step}, which the reconstructor's patches take, nearest {fitting}, got {wanted}; auto_fix=True scales the frames")
-            clip = clip._replace(frames=resize(clip.frames, fitting))
+        clip = self.load(video, num_frames, size=size, auto_fix=auto_fix)
         passed("load")
         high, wide = output_size or tuple(clip.frames.shape[1:3])
         wanted, fitting = (len(trajectory), high, wide), fitting_size(len(trajectory), high, wide, self.generator)
@@ -742,15 +752,24 @@ class NeoVersePipeline:
         moves = (num_keyframes is not None and num_keyframes < count) or len(trajectory) != count or trajectory.time_map is not None if motion is None else motion
         rebuilt = self.reconstruct(clip, num_keyframes=num_keyframes, static=static or count == 1, motion=moves)
         passed("reconstruct")
+        out = self.film(clip, rebuilt, trajectory, prompt, negative_prompt=negative_prompt, alpha_threshold=alpha_threshold, use_first_frame=use_first_frame, steps=steps, guidance_scale=guidance_scale, seed=seed,
+                        fps=fps, metric_scale=metric_scale, output_size=(high, wide))
+        return replace(out, seconds={**seconds, **out.seconds})
+
+    def film(self, clip: Clip, rebuilt: Reconstruction, trajectory: CameraTrajectory, prompt: str | None = None, *, negative_prompt: str = "", alpha_threshold: float = 1.0, use_first_frame: bool | None = None,
+             steps: int = 4, guidance_scale: float = 1.0, seed: int = 0, fps: float = 16.0, metric_scale: float | None = None, output_size: tuple[int, int] | None = None) -> VideoOutput:
+        """The second half: a film along a trajectory from a scene that is there already. Arguments of the call."""
+        clock = time.perf_counter()
+        high, wide = output_size or rebuilt.size
         first = clip.frames[0] if (trajectory.use_first_frame if use_first_frame is None else use_first_frame) and trajectory.time_map is None else None
         conditions, alpha, times = render_conditions(rebuilt, trajectory, width=wide, height=high, alpha_threshold=alpha_threshold, first_frame=first, metric_scale=metric_scale, blend=self.blend)
-        passed("render")
+        rendered = time.perf_counter()
         if self.generator is None:
             film = fill_holes(conditions.rgb[0], torch.maximum(alpha, conditions.mask[0]))[None]
         else:
             film = generate_long(self.generator, conditions, window=self.window, overlap=self.overlap + 1, negative=negative_prompt, steps=steps, guidance_scale=guidance_scale, seed=seed,
                                  **({} if prompt is None else {"prompts": prompt}))
-        passed("generate")
+        seconds = {"render": rendered - clock, "generate": time.perf_counter() - rendered}
         return VideoOutput(to_uint8(film[0].clamp(0, 1)), fps, conditions, alpha, times, rebuilt, seconds)
 
 # %% ../../nbs/02_neoverse/12_pipeline.ipynb #3cbbc956
