@@ -137,14 +137,14 @@ def seen_by_keys(depth: Float[Tensor, "batch view H W"], camtoworlds: Float[Tens
             seen[clip] = (inside & ((there - z).abs() <= tolerance)).any(0)
     return seen & (depth > 1e-6)
 
-# %% ../../nbs/02_neoverse/07_losses.ipynb #c4368cdb
+# %% ../../nbs/02_neoverse/07_losses.ipynb #8725240d
 @dataclass(frozen=True)
 class ReconstructionBatch:
     """B clips with the truth.
 
     Fields: frames [B, V, 3, H, W] in [0, 1] and times [B, V] float64 of the V = 2S − 1 frames, key frames at 0, 2, 4, …; camtoworlds [B, V, 4, 4]; Ks [B, V, 3, 3] in pixels;
     depth [B, V, H, W] camera z; valid [B, V, H, W] bool; flow_forward, flow_backward [B, S, H, W, 3] displacements to the next and previous key frame in the own camera's frame,
-    zeros at the ends, or None when the flow is unknown; moving [B, S, H, W] bool, pixels of things that move; is_static [B] bool.
+    zeros at the ends, NaN at pixels where it is unknown, or None; moving [B, S, H, W] bool, pixels of things that move; is_static [B] bool.
     """
 
     frames: Tensor
@@ -263,7 +263,7 @@ def room_batch(seeds: Sequence[int], keys: int = 3, width: int = 64, height: int
     batch = ReconstructionBatch(*(torch.cat([getattr(part, item.name) for part in parts]) for item in fields(ReconstructionBatch)))
     return batch.normalized() if normalize else batch
 
-# %% ../../nbs/02_neoverse/07_losses.ipynb #a415fe60
+# %% ../../nbs/02_neoverse/07_losses.ipynb #57012893
 class ReconstructionLoss(nn.Module):
     """The objective of the reconstructor (paper, equation 6 and supplement B).
 
@@ -314,7 +314,7 @@ class ReconstructionLoss(nn.Module):
             if batch.moving is not None:
                 weights = torch.where(batch.moving, self.weights["moving_weight"], self.weights["still_weight"]).to(keys.dtype)
             sides = ((out.velocity_forward, batch.flow_forward, slice(None, -1)), (out.velocity_backward, batch.flow_backward, slice(1, None)))
-            terms["motion"] = sum(motion_loss(there[:, part], true[:, part], counts[:, part], kind=self.motion_kind, typical=self.typical, weights=None if weights is None else weights[:, part])
+            terms["motion"] = sum(motion_loss(there[:, part], true[:, part], counts[:, part] & true[:, part].isfinite().all(-1), kind=self.motion_kind, typical=self.typical, weights=None if weights is None else weights[:, part])
                                   for there, true, part in sides)
         if self.rendering:
             terms |= self.pictures(out, batch)
