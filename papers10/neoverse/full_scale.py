@@ -1026,11 +1026,11 @@ class TrainingClips:
         """Go on from a position."""
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #4a771978
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #ee072046
 class FullScale(Config):
     """One run at full scale; the defaults are the paper's where it says them.
 
-    stage: "train_gen" trains the control branch; "infer" only loads and generates. generator: "mini", a size in `WAN_SIZES` with random weights, a data name (neoverse, wan2.1-t2v-14b,
+    stage: "train_gen" trains the control branch; "infer" makes videos. generator: "mini", a size in `WAN_SIZES` with random weights, a data name (neoverse, wan2.1-t2v-14b,
     wan2.1-t2v-1.3b) or a folder in the release's or in diffusers' layout; a folder without a branch gets a new one. control_layers: None as its size. reconstructor: "tiny" (ships with the
     library), "random", a file or a folder. lora: safetensors file for inference. data: folder of `clip_files` or spatialvid-hq.
     num_keyframes: least and largest. iterations, lr (constant), weight_decay, batch (clips a GPU), accumulate, clip_norm: of training. trans, cull_prob, kernels, mild_prob, distance_unit: of
@@ -1193,7 +1193,7 @@ def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
     part.replace(folder / "diffusion_pytorch_model.safetensors")
     return folder / "diffusion_pytorch_model.safetensors"
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #8ea762c6
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #d5646dd5
 def source_folder(name: str) -> Path:
     """The folder of a local path or of a data name, whose licence is printed.
 
@@ -1202,8 +1202,9 @@ def source_folder(name: str) -> Path:
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     item = source(name)
+    place = locate(item.name)
     print(f"{item.name}: {item.title}\nlicence: {item.licence}" + ("" if item.gate == "none" else f" ({item.gate}: its terms were accepted with the download)"))
-    return locate(item.name)
+    return place
 
 
 def load_diffusers(folder: str | Path, *, control_layers: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> WanParts:
@@ -1429,7 +1430,7 @@ def estimate(settings: FullScale, *, card: str = "A800", utilisation: float = 0.
     count = settings.iterations if settings.stage == "train_gen" else 1
     return Estimate(tokens, numbers, flops, {name: float(value) for name, value in memory.items()}, seconds, seconds * count / 3600)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #566d2bac
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #59f8e5b8
 LICENCES = {"neoverse": source("neoverse").licence, "wan2.1-t2v-14b": source("wan2.1-t2v-14b").licence, "wan2.1-t2v-1.3b": source("wan2.1-t2v-1.3b").licence, "spatialvid-hq": source("spatialvid-hq").licence,
             "tiny": "Apache-2.0, trained here", "lora": "lightx2v's distilled LoRA of Wan2.1: Apache-2.0"}
 
@@ -1516,11 +1517,15 @@ def generate_clips(settings: FullScale | Mapping[str, Any], folder: str | Path, 
 
 
 def run_full_scale(run: Any, parameters: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The part of the chapter's run at full scale: for each seed what is needed is said and checked, then `train_generator` or `generate_clips`.
+    """The part of the chapter's run at full scale: for each seed what is needed is said and checked, then `train_generator` or `generate_clips`. Other stages are those of `reconstructor_training.run_reconstruction`.
 
     Args:
-        run: of `core.runs`. parameters: of the chapter. Metrics: generator.loss, generator.first_loss, generator.seconds_per_step, generator.peak_gb; infer.reconstruct and so on, seconds.
+        run: of `core.runs`. parameters: of the chapter. Metrics: generator.loss, .first_loss, .seconds_per_step, .peak_gb; infer.reconstruct and so on in seconds.
     """
+    if parameters.get("stage") in ("train_recon", "eval"):
+        from papers10.neoverse.reconstructor_training import run_reconstruction
+
+        return run_reconstruction(run, parameters)
     results: dict[int, dict[str, Any]] = {}
     for seed in parameters["seeds"]:
         settings = from_parameters({**parameters, "seed": seed}, device=run.device)

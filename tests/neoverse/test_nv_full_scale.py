@@ -497,3 +497,34 @@ def test_a_folder_of_clips_becomes_a_folder_of_films(clips, tmp_path):
     result = fs.generate_clips(tiny(clips, stage="infer", steps=1), tmp_path, trajectory="pan_left", limit=1)
     assert result["clips"] == 1 and set(result["seconds"]) >= {"reconstruct", "render", "generate"} and (tmp_path / "room0.mp4").is_file()
     assert fs.generate_clips(tiny(clips, stage="infer", steps=1), tmp_path, limit=1)["seconds"] == {}
+
+
+class Notes:
+    """What a run of `core.runs` takes."""
+
+    device = "cpu"
+
+    def __init__(self, folder):
+        self.folder, self.metrics = folder, {}
+
+    def metric(self, name, value, **options):
+        self.metrics[name] = value
+
+    def data(self, name, **options):
+        pass
+
+
+@pytest.mark.parametrize("stage", ["train_gen", "infer"])
+def test_each_stage_of_the_chapters_run(clips, tmp_path, stage, capsys):
+    parameters = tiny(clips, stage=stage, steps=1, iterations=1).model_dump()
+    run = Notes(tmp_path)
+    result = fs.run_full_scale(run, {**parameters, "seeds": [3], "other": None})[3]
+    wanted = {"train_gen": "generator.loss", "infer": "infer.generate"}[stage]
+    assert run.metrics[wanted] > 0 and result and "licence" in capsys.readouterr().out
+
+
+def test_the_reconstructors_stages_go_to_their_own_page(monkeypatch, tmp_path):
+    from papers10.neoverse import reconstructor_training
+
+    monkeypatch.setattr(reconstructor_training, "run_reconstruction", lambda run, parameters: parameters["stage"], raising=False)
+    assert [fs.run_full_scale(Notes(tmp_path), {"stage": stage, "seeds": [0]}) for stage in ("train_recon", "eval")] == ["train_recon", "eval"]
