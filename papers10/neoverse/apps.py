@@ -217,7 +217,7 @@ def pan_there_and_back(pipeline: NeoVersePipeline, video: Any, angle: float = 25
     back = pipeline(Clip(to_float(out.frames).flip(0), clip.times, clip.fps), CameraTrajectory.from_predefined(other, len(clip.frames), angle=abs(angle), use_first_frame=False), **options)
     return out, back
 
-# %% ../../nbs/02_neoverse/13_applications.ipynb #71e47751
+# %% ../../nbs/02_neoverse/13_applications.ipynb #ab7b3d54
 class World(NamedTuple):
     """A scene grown from one picture: reconstruction of all frames; the films of the rounds; seen: share of opaque pixels of each round's path before painting."""
 
@@ -263,5 +263,5 @@ def image_to_world(pipeline: NeoVersePipeline, image: Any, trajectories: Sequenc
         scene = world.scene
         plain = scene.replace(velocity_forward=None, velocity_backward=None, angular_forward=None, angular_backward=None, life=None, confidence=None, key_times=times)
         world = Reconstruction(Gaussians4D.cat([plain, added.replace(key_times=times, gamma=plain.gamma)]), torch.cat([world.camtoworlds, poses.float()]), torch.cat([world.Ks, fresh.Ks]),
-                               torch.cat([world.depths, torch.where(depths > 0, depths, known)]), torch.cat([world.frames, frames]), times, True)
+                               torch.cat([world.depths, torch.where(depths > 0, depths, known)]), torch.cat([world.frames, frames]), times, True, eps2d=world.eps2d)
     return World(world, films, seen)
