@@ -19,7 +19,7 @@ __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPA
            'reconstructor_flops', 'Estimate', 'sizes_of', 'estimate', 'from_parameters', 'needs', 'check',
            'generate_clips', 'run_full_scale']
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #791f0990
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #b10c5c98
 import copy
 import csv
 import html
@@ -44,7 +44,7 @@ from ..core.checks import check_choice, check_range, check_shape
 from ..core.config import Config, from_mapping, replace
 from ..core.data import locate, source
 from ..core.loop import LoopConfig, TrainState, train
-from ..core.media import read_video, to_float
+from ..core.media import read_video, to_float, write_video
 from ..core.optional import have, need
 from ..core.random import generator, numpy_generator, seeded, stream_seed
 from ..flow.guidance import Guidance
@@ -82,7 +82,7 @@ def token_count(frames: int, height: int, width: int) -> int:
     frames, height, width = check_video_size(frames, height, width)
     return ((frames - 1) // TIME_FACTOR + 1) * (height // 16) * (width // 16)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #82f248da
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #ad4a6deb
 class ControlEmbedding(nn.Module):
     """Conditions to 96 channels on the latent grid.
 
@@ -152,6 +152,8 @@ class WanControlBranch(nn.Module):
             self.embedding = ControlEmbedding()
             self.patch_embedding = nn.Conv3d(96, dim, PATCH, PATCH)
             self.blocks = nn.ModuleList(ControlBlock(transformer.blocks[layer], dim, layer == 0) for layer in self.layers)
+        for fresh in (self.embedding, self.patch_embedding, *(part for block in self.blocks for part in (block.before_proj, block.after_proj) if part is not None)):
+            fresh.to(transformer.patch_embedding.weight.dtype)
         self.requires_grad_(True)
 
     def forward(self, control: ControlInput, x: Tensor, text: Tensor, time: Tensor, rotary: Any, *, checkpointing: bool = False) -> list[Tensor]:
@@ -338,10 +340,10 @@ def release_name_umt5(name: str) -> str:
     """The release's name of a weight of transformers' UMT5EncoderModel."""
     return _replaced(name, _UMT5_NAMES)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #a9fe1be2
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #f84c1413
 SHARD_PATTERN = "diffusion_pytorch_model*.safetensors"
 TEXT_FILE, VAE_FILE, TOKENIZER_FOLDER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
-# Weights that stay in float32 whatever the type of the others is, as in diffusers.
+# Weights of the transformer that stay in float32 whatever the type of the others is, as in diffusers.
 _FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 
@@ -380,10 +382,10 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...], Call
                 yield name, tuple(value.shape), lambda value=value: value
 
 
-def _place(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None, device: str | torch.device) -> None:
+def _place(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None, device: str | torch.device, float32: Sequence[str]) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    kept = torch.float32 if any(part in name.split(".") for part in _FLOAT32) else dtype
+    kept = torch.float32 if any(part in name.split(".") for part in float32) else dtype
     value = value.to(device=device, dtype=kept if value.is_floating_point() else None, copy=True)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=module._parameters[leaf].requires_grad)
@@ -392,12 +394,12 @@ def _place(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None
 
 
 def load_named(model: nn.Module, files: Sequence[Path], names: Mapping[str, str | Sequence[str]], *, strict: bool = True, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-               prefixes: Sequence[str] = ("model.diffusion_model.",)) -> LoadReport:
+               prefixes: Sequence[str] = ("model.diffusion_model.",), float32: Sequence[str] = ()) -> LoadReport:
     """Read weights under other names into a model, which may be without memory (device meta), one tensor at a time.
 
     Args:
         files: safetensors or pickles of tensors. names: the files' name -> the model's name, or names for weights that are tied. strict: refuse what is not complete.
-        dtype: of the weights, None as in the files; norms, time embedding and modulation stay in float32. prefixes: that are taken off names in the files.
+        dtype: of the weights, None as in the files. prefixes: that are taken off names in the files. float32: parts of the model's names whose weights are float32 whatever dtype is.
 
     Returns:
         The report. Raises: ValueError with the report when it is not complete and `strict`; nothing has been changed then.
@@ -421,7 +423,7 @@ def load_named(model: nn.Module, files: Sequence[Path], names: Mapping[str, str 
         raise ValueError(f"files: expected all weights of {type(model).__name__} and nothing else, got\n{report}")
     for name, _, read in _tensors(files):
         for one in found.get(name, ()):
-            _place(model, one, read(), dtype, device)
+            _place(model, one, read(), dtype, device, float32)
     return report
 
 
@@ -430,14 +432,14 @@ def load_shards(model: WanControlTransformer, folder: str | Path, *, part: Liter
     """Read the release's shards into a model of the same sizes.
 
     Args:
-        part: "base" for the shards of Wan alone, "control" for a file with the branch alone. strict, dtype, device: as `load_named`.
+        part: "base" for the shards of Wan alone, "control" for a file with the branch alone. strict, dtype, device: as `load_named`; norms, time embedding and modulation stay in float32.
 
     Raises: FileNotFoundError for missing shards; ValueError with the report of keys when not complete and `strict`.
     """
     check_choice("part", part, ("all", "base", "control"))
     target, lead = (model, "") if part == "all" else (getattr(model, part), f"{part}.")
     names = {release_name(lead + name): name for name in target.state_dict()}
-    report = load_named(target, shard_files(folder), names, strict=strict, dtype=dtype, device=device)
+    report = load_named(target, shard_files(folder), names, strict=strict, dtype=dtype, device=device, float32=_FLOAT32)
     _restore_positions(model.base, device)
     return report
 
@@ -695,7 +697,7 @@ def save_lora(model: WanControlTransformer, file: str | Path, *, name: str = "tr
     save_file({f"transformer.{key}": (value * scale if ".lora_B." in key else value).detach().cpu().contiguous() for key, value in weights.items()}, str(file))
     return Path(file)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #15c04ea9
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #3ede2380
 PROMPT = "Fill the missing regions of this video with natural content that fits the rest."
 LOW_MEMORY = ("none", "components", "blocks")
 
@@ -858,6 +860,8 @@ class WanGenerator:
         noise = torch.stack([torch.randn(shape, generator=generator(seed, "wan noise", clip)) for clip in range(batch)]).to(self.device)
         model = self.parts.transformer
         control = None if control is None else ControlInput(*(part.to(model.dtype) for part in control))
+        # A branch in training is kept in float32 beside a transformer in half precision.
+        mixed = model.control.patch_embedding.weight.dtype != model.dtype
 
         def velocity(x: Tensor, sigma: Tensor, branches: Sequence[tuple[str, ...]]) -> Tensor:
             words = torch.cat([texts[branch] for branch in branches]).to(model.dtype)
@@ -865,7 +869,7 @@ class WanGenerator:
             out = model(x.repeat(count, 1, 1, 1, 1).to(model.dtype), (1000 * sigma).expand(count * batch).to(self.device), words, None if control is None else control.repeat(count), control_scale)
             return out.unflatten(0, (count, batch)).to(x.dtype)
 
-        with self._using("transformer", model):
+        with self._using("transformer", model), torch.autocast(self.device.type, dtype=model.dtype if mixed else None, enabled=mixed):
             latents = euler(velocity, noise, sigma_grid(steps, shift), guidance=guidance, callback=callback)
         return self.decode(latents)
 
@@ -1026,7 +1030,7 @@ class TrainingClips:
         """Go on from a position."""
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #ee072046
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #495ed941
 class FullScale(Config):
     """One run at full scale; the defaults are the paper's where it says them.
 
@@ -1037,7 +1041,8 @@ class FullScale(Config):
     `Degradation`, kernels in pixels (least, largest) or None for shares of the width. prompt_drop, mask_drop, cond_drop, reverse_p: probabilities.
     steps, guidance, shift: of sampling; shift of training too. precision: of the frozen parts and of autocast; the branch is kept in float32. optimizer: "adamw8bit" needs bitsandbytes; "zero" shares
     the moments out among the processes.
-    low_memory: see `WanGenerator`; training keeps the transformer on the device. devices, strategy: as `lm.pretraining.launch`.
+    low_memory: see `WanGenerator`; training keeps the transformer on the device. sample_every: steps between videos in samples/, the truth, its condition and what is made of it
+    side by side; 0 for none. devices, strategy: as `lm.pretraining.launch`.
     """
 
     stage: Literal["train_gen", "infer"] = "train_gen"
@@ -1080,6 +1085,7 @@ class FullScale(Config):
     seed: int = Field(default=0, ge=0)
     save_every: int = Field(default=500, ge=0)
     log_every: int = Field(default=10, ge=1)
+    sample_every: int = Field(default=0, ge=0)
     max_seconds: float | None = None
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "papers10"
@@ -1090,7 +1096,7 @@ class FullScale(Config):
 
     def deciding(self) -> dict[str, Any]:
         """What decides the numbers: all but where and how it runs."""
-        return self.model_dump(mode="json", exclude={"devices", "strategy", "device", "low_memory", "save_every", "log_every", "max_seconds", "wandb", "wandb_project", "iterations"})
+        return self.model_dump(mode="json", exclude={"devices", "strategy", "device", "low_memory", "save_every", "log_every", "sample_every", "max_seconds", "wandb", "wandb_project", "iterations"})
 
 
 class ControlTraining(nn.Module):
@@ -1182,6 +1188,23 @@ def _gathered(settings: FullScale) -> Callable[[TrainState], None]:
     return gather
 
 
+class _Samples:
+    """Writes a video out of the last batch every few steps."""
+
+    def __init__(self, settings: FullScale, generate: WanGenerator, folder: Path):
+        self.settings, self.generate, self.folder, self.last = settings, generate, folder, None
+
+    def __call__(self, state: TrainState) -> None:
+        if not self.settings.sample_every or state.step % self.settings.sample_every or self.last is None or distributed.rank():
+            return
+        frames, pair = self.last
+        made = self.generate(pair.conditions.index(0), pair.prompts[0], steps=self.settings.steps, guidance_scale=self.settings.guidance, seed=self.settings.seed)
+        # In the modes that save memory the generator has put the transformer away.
+        self.generate.parts.transformer.to(self.generate.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_video(self.folder / f"step-{state.step:08d}.mp4", torch.cat([frames[0], pair.conditions.rgb[0].cpu().float(), made[0]], 2), 16)
+
+
 def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
     """Write the branch alone under the release's names, for `load_shards(model, folder, part="control")`."""
     from safetensors.torch import save_file
@@ -1193,7 +1216,7 @@ def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
     part.replace(folder / "diffusion_pytorch_model.safetensors")
     return folder / "diffusion_pytorch_model.safetensors"
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #d5646dd5
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #90f7eb8b
 def source_folder(name: str) -> Path:
     """The folder of a local path or of a data name, whose licence is printed.
 
@@ -1228,7 +1251,7 @@ def load_parts(settings: FullScale) -> WanParts:
     if settings.generator == "mini":
         parts = miniature(settings.seed, control_layers=settings.control_layers or CONTROL_LAYERS["mini"])
         if dtype is not None:
-            for module in (parts.transformer.base, parts.vae, parts.text_encoder):
+            for module in parts[:3]:
                 module.to(dtype)
     else:
         folder = source_folder(settings.generator)
@@ -1292,9 +1315,12 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
     training = ControlTraining(model, settings.shift).to(device)
     state = TrainState(training, build_optimizer(training, settings), batches=batches, config={"settings": settings.deciding(), "world": distributed.world_size()})
 
+    samples = _Samples(settings, generate, Path(folder) / "samples")
+
     def step_fn(current: TrainState, batch: ClipBatch) -> dict[str, Any]:
         with torch.autocast(device.type, enabled=False):
             pair = training_pair(batch, generate, reconstructor, degradation, settings)
+        samples.last = (batch.frames, pair)
         draw = generator(settings.seed, "flow", batch.number, distributed.rank())
         sigma = sample_sigma(len(pair.latents), "table", table=training.grid, generator=draw).to(device)
         noise = torch.randn(pair.latents.shape, generator=draw).to(device)
@@ -1305,7 +1331,7 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
         torch.cuda.reset_peak_memory_stats(device)
     config = LoopConfig(steps=settings.iterations, accumulate=settings.accumulate, clip_norm=settings.clip_norm, log_every=settings.log_every, save_every=settings.save_every,
                         amp="bf16" if settings.precision == "bfloat16" else None, max_seconds=settings.max_seconds, seed=settings.seed)
-    history = train(state, step_fn, config, run=log, name="generator", after_step=[_gathered(settings)] if settings.optimizer == "zero" else [])
+    history = train(state, step_fn, config, run=log, name="generator", after_step=[samples, *([_gathered(settings)] if settings.optimizer == "zero" else [])])
     losses = [record["loss"] for record in history.records if record.get("loss") is not None]
     tenth = max(1, len(losses) // 10)
     if distributed.rank() == 0:

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 from papers10.core.config import ConfigError, replace
 from papers10.core.data import DataMissing
-from papers10.core.media import write_video
+from papers10.core.media import read_video, write_video
 from papers10.core.random import generator
 from papers10.kernels.common import BackendUnavailable
 from papers10.neoverse import full_scale as fs
@@ -159,6 +159,7 @@ def test_half_precision_keeps_norms_and_time_in_float32(release):
     again, _ = fs.load_release(release, dtype=torch.bfloat16)
     base = again.transformer.base
     assert base.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert fs.WanGenerator(again, max_text=8)(rooms(), "a room", steps=1).isfinite().all()
     assert base.blocks[0].norm2.weight.dtype == base.scale_shift_table.dtype == base.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
 
 
@@ -232,6 +233,9 @@ def test_diffusers_layout_gets_a_new_branch(parts, tmp_path):
     assert all(torch.equal(value, again.transformer.base.state_dict()[name]) for name, value in parts.transformer.base.state_dict().items())
     # diffusers maps the file into memory, where products may add up in another order.
     assert torch.allclose(again.transformer(noisy, when, words, control), parts.transformer(noisy, when, words, control), atol=1e-5)
+    half = fs.load_diffusers(tmp_path, dtype=torch.bfloat16)
+    assert {value.dtype for value in half.transformer.control.embedding.parameters()} == {torch.bfloat16}
+    assert fs.WanGenerator(half, max_text=8)(rooms(), "a room", steps=1).isfinite().all()
 
 
 # LoRA
@@ -423,8 +427,10 @@ def test_training_goes_on_exactly(clips, tmp_path):
 
 
 def test_half_precision_trains_a_float32_branch(clips, tmp_path):
-    result = fs.train_generator(tiny(clips, precision="bfloat16", iterations=1), tmp_path / "run")
     from safetensors.torch import load_file
+
+    result = fs.train_generator(tiny(clips, precision="bfloat16", iterations=1, sample_every=1, steps=1, low_memory="components"), tmp_path / "run")
+    assert read_video(tmp_path / "run/samples/step-00000001.mp4").frames.shape == (5, 32, 96, 3)
 
     assert result["loss"] > 0 and all(value.dtype == torch.float32 for value in load_file(tmp_path / "run/control/diffusion_pytorch_model.safetensors").values())
 
