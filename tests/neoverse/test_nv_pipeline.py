@@ -16,6 +16,7 @@ from papers10.neoverse.pipeline import (
     FolderReconstructor,
     Generator,
     NeoVersePipeline,
+    NetworkReconstructor,
     OracleReconstructor,
     PopUpDepth,
     Reconstructor,
@@ -192,6 +193,18 @@ def test_depth_anything_3_adapter_by_its_interface():
     found = DepthAnything3Reconstructor(model=Model(), flow="none")(seen.rgb, seen.times)
     assert found.consistency() < 0.01
     assert torch.allclose(found.camtoworlds[2].double(), (invert_poses(seen.camtoworlds[:1].double()) @ seen.camtoworlds.double())[2], atol=1e-5)
+
+
+def test_networks_behind_the_protocols():
+    from papers10.neoverse.tiny import new_tiny
+
+    network = NetworkReconstructor(new_tiny())
+    assert isinstance(network, Reconstructor) and network.size_step == 4
+    seen = clip(5)
+    rebuilt = network(seen.rgb, seen.times).check()
+    assert rebuilt.consistency() < 0.01 and torch.allclose(rebuilt.camtoworlds[0], torch.eye(4), atol=1e-4)
+    out = NeoVersePipeline(network)(Clip(torch.rand(5, 30, 42, 3), seen.times, 8.0), "pan_left", num_frames=5, num_keyframes=3, auto_fix=True)
+    assert out.frames.shape == (5, 32, 44, 3)
 
 
 class Lost:
