@@ -9,10 +9,10 @@ __all__ = ['MOTION_KINDS', 'DEPTH_SETS', 'DEPTH_LICENCES', 'TABLE_S1', 'EVAL_LIC
            'training_batch', 'load_tartanair', 'decoded_scene_flow', 'load_vkitti2', 'load_pointodyssey',
            'load_npz_clips', 'save_npz_clip', 'static_clip', 'load_static', 'ReconstructionClips', 'collate',
            'ReconstructorTraining', 'named_folders', 'open_sets', 'start_model', 'objective', 'motion_numbers',
-           'TrainedReconstructor', 'train_reconstructor', 'protocol_scenes', 'evaluate_full_scale', 'from_parameters',
-           'needs', 'check', 'run_reconstruction']
+           'TrainedReconstructor', 'train_reconstructor', 'protocol_scenes', 'score_tracks', 'evaluate_full_scale',
+           'from_parameters', 'needs', 'check', 'run_reconstruction']
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #051cb6f1
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #3fff5abb
 import json
 import math
 import zipfile
@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..core import distributed
+from ..core.checkpoint import CheckpointMismatch
 from ..core.checks import check_choice, check_range
 from ..core.config import Config, from_mapping
 from ..core.loop import LoopConfig, TrainState, train
@@ -550,7 +551,7 @@ def collate(batches: Sequence[ReconstructionBatch]) -> ReconstructionBatch:
     """One batch of several with the same frames."""
     return ReconstructionBatch(*(torch.cat([getattr(batch, item.name) for batch in batches]) for item in fields(ReconstructionBatch)))
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #6cdf67c3
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #9ea3a238
 class ReconstructorTraining(Config):
     """One training or evaluation of the reconstructor; the defaults are the paper's where it says them.
 
@@ -559,8 +560,8 @@ class ReconstructorTraining(Config):
     sets: each "KIND=FOLDER" or "KIND=FOLDER@WEIGHT" with a kind of `DEPTH_SETS`, or "rooms". longest: side in pixels. keys: least and largest number of key frames. max_stride, reverse_p, workers: see
     `ReconstructionClips`. perceptual: "gradient" or "lpips" (extra metrics; VGG's weights must be there). lambda_*: weights of `ReconstructionLoss`. frozen: beginnings of parameter names that do not train.
     precision: of autocast. optimizer: as `full_scale.build_optimizer`. devices, strategy: as `lm.pretraining.launch`.
-    Evaluation: eval_sets, each "KIND=FOLDER" with a kind of `evaluation.PROTOCOLS`; eval_scenes, at most so many of each; eval_steps of the fit of poses, None for the protocol's; lpips, the network of the
-    column, and whether it may be fetched.
+    Evaluation: eval_sets, each "KIND=FOLDER" with a kind of `evaluation.PROTOCOLS`, or "drivetrack=FOLDER" for tracks; eval_scenes, at most so many of each; eval_steps of the fit of poses, None for the
+    protocol's; lpips, the network of the column, and whether it may be fetched; eval_keys, key frames of a clip with tracks; eval_trust, whether their pictures may be unpickled (`datasets.load_tapvid3d`).
     """
 
     stage: Literal["train_recon", "eval"] = "train_recon"
@@ -595,6 +596,8 @@ class ReconstructorTraining(Config):
     eval_steps: int | None = Field(default=None, ge=0)
     lpips: Literal["alex", "vgg", "squeeze"] = "alex"
     lpips_download: bool = False
+    eval_keys: int = Field(default=16, ge=2)
+    eval_trust: bool = False
     devices: int = Field(default=32, ge=1)
     strategy: Literal["single", "ddp", "slurm"] = "ddp"
     device: str = "cuda"
@@ -611,8 +614,8 @@ class ReconstructorTraining(Config):
 
     def deciding(self) -> dict[str, Any]:
         """What decides the numbers: all but where and how it runs."""
-        return self.model_dump(mode="json", exclude={"devices", "strategy", "device", "workers", "save_every", "log_every", "max_seconds", "wandb", "wandb_project", "eval_sets", "eval_scenes", "eval_steps",
-                                                     "lpips", "lpips_download"})
+        return self.model_dump(mode="json", exclude={"devices", "strategy", "device", "workers", "save_every", "log_every", "max_seconds", "wandb", "wandb_project", "lpips", "lpips_download",
+                                                     "eval_sets", "eval_scenes", "eval_steps", "eval_keys", "eval_trust"})
 
 
 def named_folders(name: str, entries: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, Path | None, float]]:
@@ -641,8 +644,9 @@ def open_sets(settings: ReconstructorTraining) -> dict[str, tuple[list[DepthClip
     found = {}
     for kind, folder, weight in named_folders("sets", settings.sets, [*DEPTH_SETS, "rooms"]):
         found[kind] = (None if folder is None else DEPTH_SETS[kind](folder), weight)
-        count = "drawn without end" if folder is None else f"{len(found[kind][0])} clips"
-        print(f"{kind}: {count}, weight {weight:g}, licence: {DEPTH_LICENCES.get(kind, 'see its page before use')}")
+        if distributed.rank() == 0:
+            count = "drawn without end" if folder is None else f"{len(found[kind][0])} clips"
+            print(f"{kind}: {count}, weight {weight:g}, licence: {DEPTH_LICENCES.get(kind, 'see its page before use')}")
     return found
 
 
@@ -794,10 +798,10 @@ def train_reconstructor(settings: ReconstructorTraining | Mapping[str, Any], fol
     distributed.barrier()
     return log.finish(result)
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #99c2ff3f
-_ROW_NAMES = {"vrnerf": "VRNeRF, 16 views", "scannetpp": "ScanNet++, 32 views", "adt": "ADT", "dycheck": "DyCheck"}
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #b098edd5
+_ROW_NAMES = {"vrnerf": "VRNeRF, 16 views", "scannetpp": "ScanNet++, 32 views", "adt": "ADT", "dycheck": "DyCheck", "drivetrack": "DriveTrack"}
 EVAL_LICENCES = {"vrnerf": "Eyeful Tower: CC-BY-NC-SA-4.0", "scannetpp": "ScanNet++ terms, non-commercial, by a form", "adt": "Aria Digital Twin terms of Meta, by a form", "dycheck": "Apache-2.0 as its code; see its page",
-                 "realestate10k": "CC-BY-4.0 for the poses; the videos are their owners'", "dl3dv": "DL3DV-10K terms, non-commercial", "nvidia": "see its page before use"}
+                 "realestate10k": "CC-BY-4.0 for the poses; the videos are their owners'", "dl3dv": "DL3DV-10K terms, non-commercial", "nvidia": "see its page before use", "drivetrack": "TAPVid-3D: annotations CC-BY-4.0 or as their sources; pictures under Waymo's terms, non-commercial"}
 
 
 def protocol_scenes(kind: str, folder: str | Path) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
@@ -808,11 +812,13 @@ def protocol_scenes(kind: str, folder: str | Path) -> tuple[dict[str, tuple[Path
     from papers10.neoverse.evaluation import PROTOCOLS
 
     folder = Path(folder).expanduser()
-    check_choice("kind", kind, PROTOCOLS)
+    check_choice("kind", kind, [*PROTOCOLS, "drivetrack"])
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder of {kind}, got {folder}")
     inside = {place.name: place for place in sorted((folder / "data" if (folder / "data").is_dir() else folder).iterdir()) if place.is_dir()}
     listed = folder / "splits" / "nvs_test.txt"
+    if kind == "drivetrack":
+        return _some(kind, folder, {file.stem: (file,) for file in sorted(folder.glob("*.npz"))}), []
     if kind == "realestate10k":
         return _some(kind, folder, {file.stem: (file, folder / file.stem) for file in sorted(folder.glob("*.txt")) if (folder / file.stem).is_dir()}), []
     if kind == "scannetpp" and listed.is_file():
@@ -836,6 +842,62 @@ def _some(kind: str, folder: Path, found: dict) -> dict:
     return found
 
 
+def score_tracks(reconstructor: Callable, frames: PosedFrames, truth: Mapping[str, Tensor], *, width: int, height: int, keys: int = 16) -> dict[str, float]:
+    """Tracks in space through evenly spread key frames of a clip of TAPVid-3D, in the space of each frame's camera.
+
+    Args:
+        reconstructor: as `pipeline.Reconstructor`. frames, truth: of `datasets.load_tapvid3d`. width, height: of the pictures that go in. keys: key frames, all frames where there are fewer.
+
+    Returns: apd (share within 0.1 m), epe (metres) and scale of `evaluation.evaluate_tracks` over the key frames after and before a point's first one, where it is visible; points, how many.
+
+    Each point starts where it is first seen, at the reconstruction's own depth of that pixel. Source: table S3 names the set and the measures; key frames and starts are our choice.
+
+    Raises: ValueError for a clip in which no point is seen at two key frames.
+    """
+    from papers10.neoverse.apps import track_points
+    from papers10.neoverse.evaluation import evaluate_tracks
+
+    rows = sorted({round(place) for place in torch.linspace(0, len(frames) - 1, min(keys, len(frames))).tolist()})
+    pictures, Ks = frames.index(rows).read(width, height)
+    found = reconstructor(pictures, frames.times[rows], static=False, motion=True)
+    places, visible = truth["tracks"][rows], truth["visible"][rows]
+    pixels = torch.einsum("sij,snj->sni", Ks, places)
+    pixels = pixels[..., :2] / pixels[..., 2:].clamp_min(1e-9)
+    visible = visible & (places[..., 2] > 0) & (pixels >= 0).all(-1) & (pixels < pixels.new_tensor([width, height])).all(-1) & places.isfinite().all(-1)
+    chosen = (visible.sum(0) >= 2).nonzero()[:, 0]
+    if not len(chosen):
+        raise ValueError(f"truth: expected a point that is seen at two of the key frames of {frames.name}, got none")
+    start = visible[:, chosen].int().argmax(0)
+    first = pixels[start, chosen]
+    columns, lines = first.floor().long().unbind(-1)
+    depth = found.depths[start, lines, columns].double()
+    inner, pose = found.Ks[start].double(), found.camtoworlds.double()
+    local = torch.stack([(first[:, 0] - inner[:, 0, 2]) / inner[:, 0, 0] * depth, (first[:, 1] - inner[:, 1, 2]) / inner[:, 1, 1] * depth, depth], -1)
+    queries = torch.einsum("qij,qj->qi", pose[start, :3, :3], local) + pose[start, :3, 3]
+    world = track_points(found.scene, queries.to(found.scene.gaussians.means), start).points.double().transpose(0, 1)
+    inside = torch.einsum("sji,sqj->sqi", pose[:, :3, :3], world - pose[:, None, :3, 3])
+    counted = visible[:, chosen].clone()
+    counted[start, torch.arange(len(chosen))] = False
+    return {**evaluate_tracks(inside, places[:, chosen].double(), counted), "points": float(len(chosen))}
+
+
+def _scored(kind: str, where: Sequence[Path], network: Any, settings: ReconstructorTraining) -> dict[str, Any]:
+    """One scene: {"size", "summary", "views", "lpips"}."""
+    from papers10.neoverse.evaluation import PROTOCOLS, evaluate_sequence
+
+    if kind == "drivetrack":
+        frames, truth = load_dataset("tapvid3d", *where, trust=settings.eval_trust)
+        height, width = fitted_size(*frames.sizes[0].tolist(), settings.longest, network.size_step)
+        own = score_tracks(network, frames, truth, width=width, height=height, keys=settings.eval_keys)
+        # The paper's column is in percent.
+        return {"size": [width, height], "summary": _plain({**own, "apd": 100 * own["apd"]}), "views": [], "lpips": "not used"}
+    protocol, frames = PROTOCOLS[kind], load_dataset(kind, *where)
+    height, width = fitted_size(*frames.sizes[0].tolist(), settings.longest, network.size_step)
+    found = evaluate_sequence(network, frames, protocol.split(frames), width=width, height=height, static=protocol.static, start=protocol.start,
+                              steps=protocol.steps if settings.eval_steps is None else settings.eval_steps, network=settings.lpips, download=settings.lpips_download)
+    return {"size": [width, height], "summary": _plain(found.summary), "views": [_plain(view) for view in found.views], "lpips": found.lpips_note or settings.lpips}
+
+
 def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """The reconstructor on the data sets of `settings.eval_sets` by the protocols of supplement D.
 
@@ -843,17 +905,23 @@ def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], fol
         {"rows": one a data set in the layout of `evaluation.paper_table`, with "data", "method", means over scenes, "scenes" and "table"; "missing": kind -> names that were not found;
         "failed": "kind/scene" -> why}. In `folder`: scenes/KIND/NAME.json with the numbers of each picture, tables.json with the paper's rows and ours, result.json.
 
-    Raises: ValueError, FileNotFoundError for sets that are not there; RuntimeError when no scene could be evaluated.
+    Raises: ValueError, FileNotFoundError for sets that are not there; RuntimeError when no scene could be evaluated; CheckpointMismatch for a folder of other settings.
     """
-    from papers10.neoverse.evaluation import PROTOCOLS, evaluate_sequence, paper_table
+    from papers10.neoverse.evaluation import PROTOCOLS, paper_table
     from papers10.neoverse.pipeline import NetworkReconstructor
 
     settings = settings if isinstance(settings, ReconstructorTraining) else from_mapping(ReconstructorTraining, dict(settings))
     folder, device, log = Path(folder), own_device(settings), FolderLog(Path(folder), settings)
+    # What decides the scores of a scene: scores of another network or size must not be taken for these.
+    decides = {name: getattr(settings, name) for name in ("reconstructor", "longest", "eval_steps", "eval_keys", "lpips", "seed")}
+    about = folder / "scores.json"
+    if about.is_file() and (saved := json.loads(about.read_text())) != decides:
+        different = [name for name in decides if saved.get(name) != decides[name]]
+        raise CheckpointMismatch(f"folder: expected the settings of the scores in {folder}, got differences in {', '.join(different)}", different)
+    about.write_text(json.dumps(decides, indent=1))
     network = NetworkReconstructor(start_model(settings).eval().requires_grad_(False), device)
     rows, missing, failed = [], {}, {}
-    for kind, root, _ in named_folders("eval_sets", settings.eval_sets, PROTOCOLS):
-        protocol = PROTOCOLS[kind]
+    for kind, root, _ in named_folders("eval_sets", settings.eval_sets, [*PROTOCOLS, "drivetrack"]):
         scenes, missing[kind] = protocol_scenes(kind, root)
         print(f"{kind}: {len(scenes)} scenes, licence: {EVAL_LICENCES[kind]}" + (f"; not found: {', '.join(missing[kind])}" if missing[kind] else ""), flush=True)
         summaries = []
@@ -861,16 +929,13 @@ def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], fol
             done = folder / "scenes" / kind / f"{name}.json"
             if not done.is_file():
                 try:
-                    frames = load_dataset(kind, *where)
-                    height, width = fitted_size(*frames.sizes[0].tolist(), settings.longest, network.size_step)
-                    found = evaluate_sequence(network, frames, protocol.split(frames), width=width, height=height, static=protocol.static, start=protocol.start,
-                                              steps=protocol.steps if settings.eval_steps is None else settings.eval_steps, network=settings.lpips, download=settings.lpips_download)
+                    found = _scored(kind, where, network, settings)
                 except (ValueError, FileNotFoundError) as error:
                     failed[f"{kind}/{name}"] = f"{type(error).__name__}: {error}"
                     continue
                 done.parent.mkdir(parents=True, exist_ok=True)
                 part = done.with_suffix(".part")
-                part.write_text(json.dumps({"size": [width, height], "summary": _plain(found.summary), "views": [_plain(view) for view in found.views], "lpips": found.lpips_note or settings.lpips}, indent=1))
+                part.write_text(json.dumps(found, indent=1))
                 part.replace(done)
             own = json.loads(done.read_text())["summary"]
             log.log(len(summaries), f"eval-{kind}", **own)
@@ -878,7 +943,8 @@ def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], fol
         if summaries:
             names = sorted({key for own in summaries for key in own})
             means = {key: finite_mean(torch.tensor([own[key] if own.get(key) is not None else math.nan for own in summaries], dtype=torch.float64)) for key in names}
-            rows.append({"data": _ROW_NAMES.get(kind, kind), "method": Path(settings.reconstructor).name, "scenes": len(summaries), "table": protocol.table, "kind": kind, **_plain(means)})
+            table_of = PROTOCOLS[kind].table if kind in PROTOCOLS else "S3"
+            rows.append({"data": _ROW_NAMES.get(kind, kind), "method": Path(settings.reconstructor).name, "scenes": len(summaries), "table": table_of, "kind": kind, **_plain(means)})
     if not rows:
         raise RuntimeError("eval_sets: expected a scene that can be evaluated, got none: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     tables = {number: paper_table(number, [row for row in rows if row["table"] == number]) for number in sorted({row["table"] for row in rows} - {"none"})}
@@ -889,7 +955,7 @@ def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], fol
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #a22f5425
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #a5eff16e
 # Field here -> parameter of the chapter, where they differ: the plain names belong to the generator.
 _CHAPTER_NAMES = {"iterations": "iterations_recon", "lr": "lr_recon", "keys": "recon_keyframes", "sets": "recon_sets", "lambda_regular": "lambda_reg"}
 _GENERATOR_ONLY = {"weight_decay", "max_stride", "optimizer"}
@@ -937,7 +1003,7 @@ def check(settings: ReconstructorTraining) -> None:
     if settings.stage == "eval":
         if not settings.eval_sets:
             raise ValueError(f"eval_sets: expected KIND=FOLDER with one of {', '.join(PROTOCOLS)}, got none")
-        for kind, folder, _ in named_folders("eval_sets", settings.eval_sets, PROTOCOLS):
+        for kind, folder, _ in named_folders("eval_sets", settings.eval_sets, [*PROTOCOLS, "drivetrack"]):
             protocol_scenes(kind, folder)
     else:
         check_range("keys[0]", settings.keys[0], 2)
@@ -961,7 +1027,7 @@ def run_reconstruction(run: Any, parameters: Mapping[str, Any]) -> dict[int, dic
 
     Args:
         run: of `core.runs`. parameters: of the chapter, with stage "train_recon" or "eval". Metrics: reconstructor.loss, .first_loss, .epe_forward, .epe_backward, .alpha, .seconds_per_step, .peak_gb;
-            eval.KIND.psnr, .ssim, .lpips, .psnr_start, .seconds_reconstruction.
+            eval.KIND.psnr, .ssim, .lpips, .psnr_start, .seconds_reconstruction, or .apd and .epe.
     """
     results: dict[int, dict[str, Any]] = {}
     for seed in parameters["seeds"]:
@@ -976,6 +1042,7 @@ def run_reconstruction(run: Any, parameters: Mapping[str, Any]) -> dict[int, dic
         else:
             results[seed] = evaluate_full_scale(settings, place)
             units = {"psnr": ("dB", "higher"), "psnr_start": ("dB", "higher"), "ssim": ("1", "higher"), "lpips": ("1", "lower"), "seconds_reconstruction": ("s", "lower")}
+            units |= {"apd": ("percent", "higher"), "epe": ("m", "lower")}
             metrics = {f"eval.{row['kind']}.{name}": (row.get(name), *about) for row in results[seed]["rows"] for name, about in units.items()}
         for name, (value, unit, better) in metrics.items():
             if value is not None:

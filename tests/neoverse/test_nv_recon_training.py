@@ -14,6 +14,7 @@ from papers10.neoverse import reconstructor_training as rt
 from papers10.neoverse.checkpoints import official_names
 from papers10.neoverse.datasets import from_clip
 from papers10.neoverse.losses import ReconstructionBatch
+from papers10.neoverse.pipeline import OracleReconstructor
 from papers10.neoverse.reconstructor import NeoVerseReconstructor, ReconstructorConfig
 from papers10.neoverse.world import SceneSpec, scene_clip, scene_flow
 from papers10.splat.cameras import invert_poses
@@ -343,7 +344,7 @@ def test_motion_counts_only_where_it_is_known(tmp_path):
 
 def test_training_goes_on_exactly_and_its_model_reads_back(tmp_path):
     spec, clip = room()
-    settings = mini(write_npz(tmp_path / "clips", spec, clip, tracks=tracks_of(spec, clip)), sets=(f"npz={tmp_path / 'clips'}@2", "rooms"), batch=2, accumulate=2, workers=1)
+    settings = mini(write_npz(tmp_path / "clips", spec, clip, tracks=tracks_of(spec, clip)), sets=(f"npz={tmp_path / 'clips'}@2", "rooms"), accumulate=2, workers=1)
     whole = rt.train_reconstructor(settings, tmp_path / "run")
     before = load_tensors(tmp_path / "run/model/model.safetensors")
     shutil.rmtree(tmp_path / "run/checkpoints/reconstructor/step-00000002")
@@ -444,6 +445,24 @@ def test_the_chapters_run_trains_and_judges(tmp_path):
     assert len(json.loads(scene.read_text())["views"]) == 12
     scene.write_text(scene.read_text().replace('"psnr": ', '"psnr": 1', 1))
     assert rt.run_reconstruction(run, judge)[3]["rows"][0]["psnr"] > 100
+    with pytest.raises(ValueError, match="eval_steps"):
+        rt.run_reconstruction(run, {**judge, "eval_steps": 3})
+
+
+def test_tracks_of_the_true_room_beat_those_that_stand_still():
+    spec = SceneSpec.random(2, motion="linear")
+    clip = scene_clip(spec, [0.0, 0.5, 1.0], 64, 48)
+    start, ids = clip.world[0, 2::6, 2::6].reshape(-1, 3), clip.ids[0, 2::6, 2::6].reshape(-1)
+    world = torch.stack([scene_flow(spec, start, ids, 0.0, float(time)) for time in clip.times])
+    inside = torch.einsum("tji,tnj->tni", clip.camtoworlds[:, :3, :3], world - clip.camtoworlds[:, None, :3, 3]).double()
+    truth = {"tracks": inside, "visible": torch.ones(inside.shape[:2], dtype=torch.bool)}
+    frames = rt.replace(from_clip(clip), camtoworlds=None)
+    oracle = OracleReconstructor(spec)
+    moving = rt.score_tracks(oracle, frames, truth, width=64, height=48)
+    still = rt.score_tracks(lambda pictures, times, **_: oracle(pictures, times, static=False, motion=False), frames, truth, width=64, height=48)
+    assert moving["epe"] < 0.7 * still["epe"] and moving["apd"] > still["apd"] and moving["points"] > 50 and moving["scale"] == pytest.approx(1, abs=0.02)
+    with pytest.raises(ValueError, match="seen at two of the key frames"):
+        rt.score_tracks(oracle, frames, {**truth, "visible": ~truth["visible"]}, width=64, height=48)
 
 
 def test_scenes_are_found_by_name(tmp_path):
