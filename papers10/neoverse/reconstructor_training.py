@@ -12,7 +12,7 @@ __all__ = ['MOTION_KINDS', 'DEPTH_SETS', 'DEPTH_LICENCES', 'TABLE_S1', 'EVAL_LIC
            'TrainedReconstructor', 'train_reconstructor', 'protocol_scenes', 'score_tracks', 'evaluate_full_scale',
            'from_parameters', 'needs', 'check', 'run_reconstruction']
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #3fff5abb
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #cf0a02cd
 import json
 import math
 import zipfile
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from ..core import distributed
 from ..core.checkpoint import CheckpointMismatch
 from ..core.checks import check_choice, check_range
-from ..core.config import Config, from_mapping
+from ..core.config import Config, from_mapping, to_mapping
+from ..core.config import replace as changed
 from ..core.loop import LoopConfig, TrainState, train
 from ..core.media import read_image, resize, to_float
 from ..core.optional import need
@@ -551,7 +552,7 @@ def collate(batches: Sequence[ReconstructionBatch]) -> ReconstructionBatch:
     """One batch of several with the same frames."""
     return ReconstructionBatch(*(torch.cat([getattr(batch, item.name) for batch in batches]) for item in fields(ReconstructionBatch)))
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #9ea3a238
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #7f6ede21
 class ReconstructorTraining(Config):
     """One training or evaluation of the reconstructor; the defaults are the paper's where it says them.
 
@@ -650,12 +651,23 @@ def open_sets(settings: ReconstructorTraining) -> dict[str, tuple[list[DepthClip
     return found
 
 
+def _names_in(file: Path) -> list[str]:
+    """Of the tensors of a checkpoint, without reading those of a .safetensors file."""
+    from papers10.neoverse.checkpoints import read_checkpoint
+
+    if file.suffix != ".safetensors":
+        return list(read_checkpoint(file))
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return [name.removeprefix("module.") for name in json.loads(stream.read(length)) if name != "__metadata__"]
+
+
 def start_model(settings: ReconstructorTraining) -> NeoVerseReconstructor:
     """The model that a run starts from, on the CPU, in training mode; `frozen` parts ask for no gradient.
 
-    Raises: FileNotFoundError, DataMissing, ValueError of the readers; ValueError for `frozen` names that begin no parameter.
+    Raises: FileNotFoundError, DataMissing, ValueError of the readers; ValueError for `frozen` names that begin no parameter, or an `architecture` that a saved folder does not have.
     """
-    from papers10.neoverse.checkpoints import layout_of, load_reconstructor, read_checkpoint
+    from papers10.neoverse.checkpoints import layout_of, load_reconstructor
     from papers10.neoverse.full_scale import source_folder
 
     name, options = settings.reconstructor, {**settings.architecture, "gradient_checkpointing": settings.gradient_checkpointing}
@@ -669,8 +681,14 @@ def start_model(settings: ReconstructorTraining) -> NeoVerseReconstructor:
         model = NeoVerseReconstructor.from_pretrained(folder)
     else:
         file = Path(name) if folder is None else folder / "reconstructor.ckpt"
-        fresh = {"prior_tokens": True, "motion": "bidirectional"} if layout_of(read_checkpoint(file)) == "vggt" else {}
+        fresh = {"prior_tokens": True, "motion": "bidirectional"} if layout_of(_names_in(file)) == "vggt" else {}
         model = seeded(settings.seed, "reconstructor", lambda: load_reconstructor(file, **{**fresh, **options})[0])
+    if model.config.gradient_checkpointing != settings.gradient_checkpointing:
+        model.config = model.backbone.config = changed(model.config, gradient_checkpointing=settings.gradient_checkpointing)
+        model.backbone.patch_embed.checkpointing = settings.gradient_checkpointing
+    different = [name for name, value in settings.architecture.items() if to_mapping(model.config)[name] != (list(value) if isinstance(value, tuple) else value)]
+    if different:
+        raise ValueError(f"architecture: expected the saved model's own {', '.join(different)}, got others")
     strange = [start for start in settings.frozen if not any(key.startswith(start) for key, _ in model.named_parameters())]
     if strange:
         raise ValueError(f"frozen: expected beginnings of parameter names such as backbone, got {', '.join(strange)}")

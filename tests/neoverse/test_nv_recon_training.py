@@ -10,6 +10,7 @@ from PIL import Image
 
 from papers10.core.checkpoint import load_tensors, save_tensors
 from papers10.core.random import generator
+from papers10.lm.pretraining import launch
 from papers10.neoverse import reconstructor_training as rt
 from papers10.neoverse.checkpoints import official_names
 from papers10.neoverse.datasets import from_clip
@@ -398,6 +399,23 @@ def test_starts_from_vggt_with_fresh_parts(tmp_path):
     assert first.config.motion == "bidirectional" and first.config.prior_tokens and first.training
     assert torch.equal(first.state_dict()["backbone.frame_blocks.0.attn.qkv.weight"], tensors["backbone.frame_blocks.0.attn.qkv.weight"])
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_a_saved_model_trains_on_as_it_is(tmp_path):
+    rt.start_model(mini(tmp_path)).save_pretrained(tmp_path / "model")
+    model = rt.start_model(mini(tmp_path, reconstructor=str(tmp_path / "model"), gradient_checkpointing=True, architecture={"dim": 64, "kept": [1, 2]}))
+    assert model.config.gradient_checkpointing and model.backbone.config.gradient_checkpointing and model.training
+    with pytest.raises(ValueError, match="own dim"):
+        rt.start_model(mini(tmp_path, reconstructor=str(tmp_path / "model"), architecture={"dim": 128}))
+
+
+def test_two_processes_are_one_with_two_clips(tmp_path):
+    pytest.importorskip("accelerate")
+    settings = mini(tmp_path, sets=("rooms",), rendering=False, iterations=1, warmup=0, save_every=0)
+    alone = rt.train_reconstructor(settings.model_copy(update={"batch": 2}), tmp_path / "alone")
+    together = launch(settings.model_copy(update={"devices": 2, "strategy": "ddp"}), tmp_path / "together", rt.train_reconstructor)
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert (tmp_path / "together/launch.log").read_text().count("rooms: drawn") == 1
 
 
 @pytest.mark.parametrize("entries, message", [(("vkiti2=.",), "did you mean 'vkitti2'"), (("vkitti2",), "KIND=FOLDER"), (("rooms=.",), "KIND=FOLDER"), (("npz=a@0",), "above 0"), (("npz=a", "npz=b"), "each kind once")])
