@@ -237,6 +237,7 @@ def _two_cameras(frames: PosedFrames, context: int, target: int) -> Split:
 
 _RULES = {"thirds": _thirds, "even_odd": _even_odd, "two_cameras": _two_cameras}
 
+# Supplement D, and three data sets that a popular digest names as evaluation sets and the paper does not.
 PROTOCOLS = {
     "vrnerf": Protocol(("apartment", "kitchen", "office1b", "office_view1", "office_view2", "riverview"), 16, 8, True, "sim3", 100, "thirds",
                        "which pictures: spread evenly, every third tested; the names: the scenes with pinhole lenses", "1"),
@@ -247,7 +248,6 @@ PROTOCOLS = {
     "dl3dv": Protocol(("not in the paper, which trains on it",), 16, 8, True, "sim3", 100, "thirds", "all: the paper does not evaluate on it", "none"),
     "nvidia": Protocol(("not in the paper",), 12, 12, False, "interpolate", 100, "even_odd", "all: the paper does not evaluate on it", "none"),
 }
-"""Protocols of supplement D, and three data sets that a popular digest names as evaluation sets and the paper does not."""
 
 # %% ../../nbs/02_neoverse/14_evaluation.ipynb #3d4d3ca3
 @dataclass(frozen=True, eq=False)
