@@ -30,7 +30,7 @@ from ..splat.gaussians import Gaussians
 from ..splat.geometry import voxel_merge
 from ..splat.render import project_gaussians, render
 
-# %% ../../nbs/02_neoverse/17_cost.ipynb #a01b4e7f
+# %% ../../nbs/02_neoverse/17_cost.ipynb #5606562c
 _FIELDS = ("means", "quats", "scales", "opacities", "colors")
 _MOTION = ("velocity_forward", "velocity_backward", "angular_forward", "angular_backward", "life")
 _SHARPNESS = 0.55  # variance on the screen, the pixel filter's 0.3 included: evaluations end between distances sqrt(5) and sqrt(8)
@@ -52,7 +52,7 @@ def _query_inputs(case: dict, dtype: torch.dtype, device: str, draw: torch.Gener
     deviation = (_SHARPNESS - 0.3) ** 0.5 * (1 + shake * uniform(count, 3))
     unit = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     values = {"means": torch.stack([(x - side / 2) * pixel, (y - side / 2) * pixel, depth], -1), "quats": unit + shake * normal(count, 4), "scales": deviation * pixel[:, None],
-              "opacities": 0.9 - shake * 0.6 * uniform(count), "colors": uniform(count, 3), "velocity_forward": velocity[0], "velocity_backward": velocity[1], "angular_forward": 0.3 * normal(count, 3),
+              "opacities": 0.5 + shake * (0.8 * uniform(count) - 0.4), "colors": uniform(count, 3), "velocity_forward": velocity[0], "velocity_backward": velocity[1], "angular_forward": 0.3 * normal(count, 3),
               "angular_backward": 0.3 * normal(count, 3), "life": 0.9 - shake * 0.5 * uniform(count)}
     return {**{name: value.to(device=device, dtype=dtype) for name, value in values.items()}, "key": key.to(device), "side": side}
 
