@@ -1030,7 +1030,7 @@ class TrainingClips:
         """Go on from a position."""
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #495ed941
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #6a708f45
 class FullScale(Config):
     """One run at full scale; the defaults are the paper's where it says them.
 
@@ -1048,7 +1048,7 @@ class FullScale(Config):
     stage: Literal["train_gen", "infer"] = "train_gen"
     generator: str = "neoverse"
     control_layers: tuple[int, ...] | None = None
-    reconstructor: str = "tiny"
+    reconstructor: str = "neoverse"
     lora: str | None = None
     data: str = "spatialvid-hq"
     width: int = 560
@@ -1385,7 +1385,7 @@ def reconstructor_flops(frames: int, height: int, width: int, *, dim: int = 1024
     together = pairs * 4 * dim * tokens * tokens
     return float(maps + within + together), float(together)
 
-# %% ../../nbs/02_neoverse/15_full_scale.ipynb #f86737ed
+# %% ../../nbs/02_neoverse/15_full_scale.ipynb #7733b793
 class Estimate(NamedTuple):
     """What a run needs. Fields: tokens; parameters, numbers by part; flops by part of one video (inference) or one step (training), of one GPU; memory in bytes by part, of one GPU;
     seconds of one video or step; hours of the whole run."""
@@ -1419,21 +1419,23 @@ def estimate(settings: FullScale, *, card: str = "A800", utilisation: float = 0.
     Args:
         card: in `CARDS`. utilisation: share of its bf16 peak that is reached; the paper's 18 s for four steps on an A800 are 50 %.
 
-    What is kept for gradients and inside a block is a rough count (our choice): with recomputation the input of every block, and one block's inside twice.
+    Reconstructor, VAE and text encoder are counted at their full size, or not at all beside a miniature. What is kept for gradients and inside a block is a rough count (our choice): with recomputation the input of every block, and one block's inside twice.
     """
     check_choice("card", card, CARDS)
     check_range("utilisation", utilisation, 0, 1, open=True)
     sizes, blocks = sizes_of(settings)
     s, tokens = _wan(sizes), token_count(settings.num_frames, settings.height, settings.width)
     base, branch = wan_flops(sizes, settings.num_frames, settings.height, settings.width, control_layers=blocks, text=settings.max_text)
-    pixels = settings.num_frames * settings.height * settings.width / (81 * 336 * 560)
+    pixels = settings.num_frames * settings.height * settings.width / (81 * 336 * 560) * (s["text_dim"] == 4096)
     keys = sum(settings.num_keyframes) / 2 if settings.stage == "train_gen" else settings.num_keyframes[1]
-    words = 2.0 * (UMT5_PARAMETERS - UMT5_VOCABULARY) * settings.max_text
-    numbers = dict(zip(("Wan", "control branch"), wan_parameters(sizes, blocks))) | {"text encoder": UMT5_PARAMETERS, "VAE": VAE_PARAMETERS, "reconstructor": RECONSTRUCTOR_PARAMETERS}
+    # A miniature has a miniature of everything; the small reconstructors are nothing beside the rest.
+    real, rebuilt = s["text_dim"] == 4096, settings.reconstructor not in ("tiny", "random")
+    words = 2.0 * (UMT5_PARAMETERS - UMT5_VOCABULARY) * settings.max_text * real
+    numbers = dict(zip(("Wan", "control branch"), wan_parameters(sizes, blocks))) | {"text encoder": UMT5_PARAMETERS * real, "VAE": VAE_PARAMETERS * real, "reconstructor": RECONSTRUCTOR_PARAMETERS * rebuilt}
     wide = 2 if settings.precision == "bfloat16" else 4
     frozen = {name: numbers[name] * wide for name in ("Wan", "text encoder", "VAE")} | {"reconstructor": 4 * numbers["reconstructor"]}
     inside = float(settings.batch * tokens * (10 * s["dim"] + 3 * s["ffn_dim"]) * wide)
-    reading = reconstructor_flops(round(keys), settings.height, settings.width)[0]
+    reading = reconstructor_flops(round(keys), settings.height, settings.width)[0] * rebuilt
     if settings.stage == "train_gen":
         again = 1 if settings.gradient_checkpointing else 0
         each = settings.batch * settings.accumulate
