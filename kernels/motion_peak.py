@@ -7,7 +7,8 @@ Docs: https://papers10.github.io/papers10/kernels/motion_peak.html.md"""
 # %% auto #0
 __all__ = ['SPEC', 'motion_peak_reference', 'motion_peak', 'motion_peak_bytes']
 
-# %% ../nbs/kernels/motion_peak.ipynb #a0807fd7
+# %% ../nbs/kernels/motion_peak.ipynb #fa22f23a
+import contextlib
 import functools
 import math
 
@@ -94,7 +95,7 @@ def _peak_torch(means, key, viewmats, Ks, depths, speeds, absolute, relative):
              for start in range(0, len(means), _CHUNK)]
     return torch.cat(parts)
 
-# %% ../nbs/kernels/motion_peak.ipynb #a7987cc9
+# %% ../nbs/kernels/motion_peak.ipynb #17ef5b46
 if installed("triton"):
     import triton
     import triton.language as tl
@@ -134,10 +135,11 @@ _BLOCK = 256
 def _peak_triton(means, key, viewmats, Ks, depths, speeds, absolute, relative):
     table = torch.stack([depths, speeds], -1).contiguous()
     out = torch.empty_like(means[:, 0])
-    _peak_kernel[(triton.cdiv(len(means), _BLOCK),)](means, key, viewmats, Ks, table, out, len(means), len(viewmats), depths.shape[2], depths.shape[1], absolute, relative, BLOCK=_BLOCK)
+    with torch.cuda.device(means.device) if means.is_cuda else contextlib.nullcontext():
+        _peak_kernel[(triton.cdiv(len(means), _BLOCK),)](means, key, viewmats, Ks, table, out, len(means), len(viewmats), depths.shape[2], depths.shape[1], absolute, relative, BLOCK=_BLOCK)
     return out
 
-# %% ../nbs/kernels/motion_peak.ipynb #fd6404ef
+# %% ../nbs/kernels/motion_peak.ipynb #368ff187
 _PATHS = {"torch": _peak_torch, "numba": _peak_numba, "triton": _peak_triton}
 _OFFERED = ("reference", "torch", "numba", "triton")
 
@@ -154,7 +156,7 @@ def motion_peak(means: Float[Tensor, "N 3"], key: Int[Tensor, "N"], viewmats: Fl
         backend: "auto", "reference", "torch", "numba" (processor) or "triton" (CUDA; refuses float64).
 
     Raises:
-        ValueError: shapes, devices, tolerances below 0 or backend do not fit. TypeError: dtypes.
+        ValueError: shapes, devices, frames outside -1..S-1, tolerances below 0 or backend do not fit. TypeError: dtypes.
         BackendUnavailable: the backend that was named cannot run here.
 
     Source: NeoVerse (arXiv 2601.00393), equation 8; the tolerance 0.05 and visibility at the own frame are the official code's.
@@ -169,6 +171,8 @@ def motion_peak(means: Float[Tensor, "N 3"], key: Int[Tensor, "N"], viewmats: Fl
             raise TypeError(f"key: expected int64, got {tensor.dtype}")
         if name != "key" and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if dims["N"] and not bool(((key >= -1) & (key < dims["S"])).all()):
+        raise ValueError(f"key: expected numbers in -1..{dims['S'] - 1}, got {int(key.min())}..{int(key.max())}")
     for name, value in (("occlusion_tol", occlusion_tol), ("relative_tol", relative_tol)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")

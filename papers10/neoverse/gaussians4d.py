@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/gaussians4d.html.md"""
 __all__ = ['BLENDS', 'EXTRAPOLATE', 'MOTION_MODELS', 'life_span_opacity', 'Gaussians4D', 'transition', 'render_4d',
            'pixel_gaussians', 'oracle_gaussians', 'with_motion', 'motion_errors', 'between_frames']
 
-# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #4f98f07f
+# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #c1779ce8
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +21,7 @@ from ..core.checks import check_choice, check_finite, check_range, check_shape
 from ..kernels.gaussian_transition import gaussian_transition
 from ..kernels.knn import knn
 from .world import SceneClip, SceneSpec, scene_clip, scene_flow
-from ..splat.cameras import Cameras
+from ..splat.cameras import Cameras, check_poses
 from ..splat.export import load_scene, save_scene
 from ..splat.gaussians import Gaussians
 from ..splat.metrics import masked_psnr, psnr
@@ -30,7 +30,7 @@ from ..splat.render import Rendering, render
 BLENDS = ("both", "nearest", "window")
 EXTRAPOLATE = ("hold", "linear", "empty")
 
-# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #5e41f4e8
+# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #b7c87f77
 def life_span_opacity(alpha: Float[Tensor, "*batch"], life: Float[Tensor, "*batch"], fraction: Float[Tensor, "*batch"] | float, gamma: float = 10.0) -> Float[Tensor, "*batch"]:
     """Opacity that is left at a fraction of the way to the neighbouring key frame, alpha exp(-gamma fraction^(1 / (1 - life + 1e-6))).
 
@@ -69,6 +69,16 @@ class Gaussians4D:
     life: Float[Tensor, "N"] | None = None
     confidence: Float[Tensor, "N"] | None = None
     gamma: float = 10.0
+
+    def __post_init__(self):
+        check_shape("key_times", self.key_times, "S")
+        if self.key_times.dtype != torch.float64:
+            raise TypeError(f"key_times: expected float64, got {self.key_times.dtype}")
+        check_finite("key_times", self.key_times)
+        steps = self.key_times.diff()
+        if bool((steps <= 0).any()):
+            where = int((steps <= 0).nonzero()[0])
+            raise ValueError(f"key_times: expected strictly increasing times, got {float(self.key_times[where])} followed by {float(self.key_times[where + 1])} at {where + 1}")
 
     def __len__(self) -> int:
         return len(self.gaussians)
@@ -142,16 +152,8 @@ class Gaussians4D:
         dims = check_shape("key", self.key, "N", {"N": len(self.gaussians)})
         if self.key.dtype != torch.int64:
             raise TypeError(f"key: expected int64, got {self.key.dtype}")
-        check_shape("key_times", self.key_times, "S")
-        if self.key_times.dtype != torch.float64:
-            raise TypeError(f"key_times: expected float64, got {self.key_times.dtype}")
-        check_finite("key_times", self.key_times)
         if self.num_keys == 0 and len(self) and bool((self.key >= 0).any()):
             raise ValueError("key_times: expected at least one key frame, got none")
-        steps = self.key_times.diff()
-        if bool((steps <= 0).any()):
-            where = int((steps <= 0).nonzero()[0])
-            raise ValueError(f"key_times: expected strictly increasing times, got {float(self.key_times[where])} followed by {float(self.key_times[where + 1])} at {where + 1}")
         if len(self) and not bool(((self.key >= -1) & (self.key < self.num_keys)).all()):
             raise ValueError(f"key: expected numbers in -1..{self.num_keys - 1}, got {int(self.key.min())}..{int(self.key.max())}")
         for name, pattern in _OPTIONAL.items():
@@ -282,7 +284,8 @@ class Gaussians4D:
             fraction = (when - low) / (self.key_times[here + direction] - low)
             life = self.life[rows] if fading else None
         part = fraction.to(own.means).expand(len(own))
-        means, quats, opacities = gaussian_transition(own.means, own.quats, own.opacities, velocity, angular, torch.ones_like(own.opacities) if life is None else life, part, self.gamma, backend=backend)
+        fades = torch.zeros_like(own.opacities) if life is None else life
+        means, quats, opacities = gaussian_transition(own.means, own.quats, own.opacities, velocity, angular, fades, part, 0.0 if life is None else self.gamma, backend=backend)
         if life is None:
             opacities = own.opacities
         elif width > 1:
@@ -298,7 +301,7 @@ def transition(scene: Gaussians4D, t: float | Tensor, **options) -> Gaussians:
     """`scene.at(t)` as a function: the Gaussians at time t. Options as for `Gaussians4D.at`."""
     return scene.at(t, **options)
 
-# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #ee9846b2
+# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #4d5874f4
 def render_4d(scene: Gaussians4D, cameras: Cameras, times: Sequence[float] | Tensor, *, blend: str = "both", extrapolate: str = "hold", decay: bool = True,
               window: int = 1, decay_single: bool = False, hold_opacity: bool = True, **options) -> Rendering:
     """A picture for each camera, of the scene at that camera's time.
@@ -318,6 +321,7 @@ def render_4d(scene: Gaussians4D, cameras: Cameras, times: Sequence[float] | Ten
     if len(times) != cameras.count:
         raise ValueError(f"times: expected {cameras.count} for {cameras.count} cameras, got {len(times)}")
     check_finite("times", times)
+    check_poses("cameras.viewmats", cameras.viewmats, "V 4 4")
     behind = options.pop("backgrounds", None)
     pieces, counts = [None] * len(times), [0] * len(times)
     for t in times.unique().tolist():
@@ -346,8 +350,9 @@ def pixel_gaussians(rgb: Float[Tensor, "S H W 3"], depth: Float[Tensor, "S H W"]
     dims = check_shape("rgb", rgb, "S H W 3")
     check_shape("depth", depth, "S H W", dims)
     check_shape("camtoworlds", camtoworlds, "S 4 4", dims)
+    check_poses("camtoworlds", camtoworlds, "S 4 4")
     check_shape("Ks", Ks, "S 3 3", dims)
-    for name, value in (("rgb", rgb), ("camtoworlds", camtoworlds), ("Ks", Ks)):
+    for name, value in (("rgb", rgb), ("Ks", Ks)):
         if not value.is_floating_point():
             raise ValueError(f"{name}: expected floating numbers, got {value.dtype}; divide whole numbers by 255")
         check_finite(name, value)

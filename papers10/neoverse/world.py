@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/world.html.md"""
 # %% auto #0
 __all__ = ['LAWS', 'MOTIONS', 'SceneSpec', 'SceneView', 'render_scene', 'camera_path', 'SceneClip', 'scene_clip', 'scene_flow']
 
-# %% ../../nbs/02_neoverse/01_world.ipynb #032beff4
+# %% ../../nbs/02_neoverse/01_world.ipynb #fe70bca9
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_finite, check_range, check_shape
 from ..core.random import numpy_generator
-from ..splat.cameras import Cameras, look_at
+from ..splat.cameras import Cameras, invert_poses, look_at
 
 LAWS = ("linear", "sine", "bounce", "arrive", "depart")
 MOTIONS = ("mixed", *LAWS, "static")
@@ -205,13 +205,13 @@ def render_scene(spec: SceneSpec, t: float, camtoworld: Float[Tensor, "4 4"], K:
     as_tensor = lambda values: torch.from_numpy(values.reshape(*shape, *values.shape[1:])).to(dtype)  # noqa: E731
     return SceneView(as_tensor(rgb), as_tensor(depth), torch.from_numpy(ids.reshape(shape)), as_tensor(world))
 
-# %% ../../nbs/02_neoverse/01_world.ipynb #3ea766e4
+# %% ../../nbs/02_neoverse/01_world.ipynb #21b18ff1
 def camera_path(spec: SceneSpec, times: Sequence[float] | Tensor) -> Float[Tensor, "T 4 4"]:
     """Camera-to-world matrices (float64) of the room's swaying camera at the given times."""
     t = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
     swing = spec.camera_swing
     eye = torch.stack([swing * (math.pi * t + spec.camera_offset).sin(), 0.1 * swing * (3 * t).cos(), -0.6 + 0.3 * swing * t], -1)
-    return torch.linalg.inv(look_at(eye, torch.tensor(_CENTRE, dtype=torch.float64)))
+    return invert_poses(look_at(eye, torch.tensor(_CENTRE, dtype=torch.float64)))
 
 
 class SceneClip(NamedTuple):
@@ -232,7 +232,7 @@ class SceneClip(NamedTuple):
     @property
     def cameras(self) -> Cameras:
         """The views, as renderers take them."""
-        return Cameras(torch.linalg.inv(self.camtoworlds), self.Ks, self.rgb.shape[2], self.rgb.shape[1])
+        return Cameras(invert_poses(self.camtoworlds), self.Ks, self.rgb.shape[2], self.rgb.shape[1])
 
 
 def scene_clip(spec: SceneSpec, times: Sequence[float] | Tensor, width: int = 64, height: int = 48, fov: float = math.radians(60), *,

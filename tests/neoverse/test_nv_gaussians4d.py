@@ -216,7 +216,6 @@ def test_trials_are_reproducible_and_ordered():
 
 
 BAD = {
-    "key_times": lambda s: s.replace(key_times=torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)),
     "key:": lambda s: s.replace(key=s.key + 5),
     "life": lambda s: s.replace(life=s.life + 1),
     "gamma": lambda s: s.replace(gamma=-1.0),
@@ -231,7 +230,29 @@ def test_check_refuses(word):
         BAD[word](made()).check()
 
 
-@pytest.mark.parametrize(("change", "word"), [({"key_times": torch.tensor([0.0, 1.0, 2.0])}, "key_times"), ({"key": torch.zeros(12)}, "key"), ({"life": torch.zeros(12)}, "life")])
+@pytest.mark.parametrize("times", [[0.0, 0.0, 1.0], [1.0, 0.0, 0.5], [0.0, math.nan, 1.0]])
+def test_times_that_do_not_increase_are_refused_at_once(times):
+    with pytest.raises(ValueError, match="key_times"):
+        made().replace(key_times=torch.tensor(times, dtype=torch.float64))
+    with pytest.raises(TypeError, match="key_times"):
+        made().replace(key_times=torch.arange(3.0))
+
+
+def test_poses_that_are_not_rigid_are_refused():
+    clip = scene_clip(SceneSpec.random(0), [0.0], 4, 4)
+    with pytest.raises(ValueError, match="camtoworlds"):
+        pixel_gaussians(clip.rgb, clip.depth, clip.camtoworlds * torch.tensor([1.5, 1.5, 1.5, 1.0])[:, None], clip.Ks, [0.0])
+    with pytest.raises(ValueError, match="viewmats"):
+        render_4d(made().to(torch.float32), clip.cameras._replace(viewmats=clip.cameras.viewmats * torch.tensor([-1.0, 1, 1, 1])[:, None]), [0.0])
+
+
+def test_the_time_has_a_gradient_outside_the_key_frames_too():
+    scene = made(per_key=2, keys=2)
+    for t in (-1.7, 2.9):
+        assert torch.autograd.gradcheck(lambda t: scene.at(t, extrapolate="linear").means, (torch.tensor(t, dtype=torch.float64, requires_grad=True),))
+
+
+@pytest.mark.parametrize(("change", "word"), [({"key": torch.zeros(12)}, "key"), ({"life": torch.zeros(12)}, "life")])
 def test_check_refuses_dtypes(change, word):
     with pytest.raises(TypeError, match=word):
         made().replace(**change).check()

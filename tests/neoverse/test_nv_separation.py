@@ -104,6 +104,13 @@ def test_more_refusals(room):
     clip, scene, speeds = room
     with pytest.raises(ValueError, match="cameras"):
         separate(scene, clip.cameras.index([0]), clip.depth, speeds)
+    for name in ("depths", "speeds"):
+        maps = {"depths": clip.depth.clone(), "speeds": speeds.clone()}
+        maps[name][1, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match=name):
+            separate(scene, clip.cameras, **maps)
+    with pytest.raises(ValueError, match="key"):
+        motion_peak(scene.gaussians.means, scene.key - 2, clip.cameras.viewmats, clip.cameras.Ks, clip.depth, speeds)
     with pytest.raises(ValueError, match="velocity_forward"):
         speed_maps(None, None)
     with pytest.raises(ValueError, match="depths"):
