@@ -12,13 +12,13 @@ __all__ = ['MOTION_KINDS', 'DEPTH_SETS', 'DEPTH_LICENCES', 'TABLE_S1', 'EVAL_LIC
            'TrainedReconstructor', 'train_reconstructor', 'protocol_scenes', 'score_tracks', 'evaluate_full_scale',
            'from_parameters', 'needs', 'check', 'run_reconstruction']
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #cf0a02cd
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #2c2d3b52
 import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -195,7 +195,7 @@ def training_batch(clip: DepthClip, rows: Sequence[int], height: int, width: int
     times = torch.tensor([rows], dtype=torch.float64) - rows[0]
     return ReconstructionBatch(frames[None], times, near, inner32, depth[None], counts, flows[:1], flows[1:], moving[None], torch.tensor([clip.motion == "static"]))
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #63d8534f
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #e9019f01
 def _numbers(path: Path, columns: int, header: bool = False) -> np.ndarray:
     try:
         rows = np.loadtxt(path, skiprows=int(header), ndmin=2)
@@ -317,7 +317,7 @@ def load_vkitti2(folder: str | Path, camera: int = 0, *, convention: str = "auto
             steps = _deep_png(depths[row])
             return np.where(steps < 65535, steps / 100, 0.0)
 
-        def flow(row: int, step: int, sides=sides, depth_of=depth_of, pictures=pictures, poses=poses, Ks=Ks) -> Tensor:
+        def flow(row: int, step: int, sides=sides, names=names, depth_of=depth_of, pictures=pictures, poses=poses, Ks=Ks) -> Tensor:
             file = sides[step] / f"{names[step]}_{pictures[row].stem.rpartition('_')[2]}.png"
             return decoded_scene_flow(_flow_png(file), torch.from_numpy(depth_of(row)), poses[row], poses[row + step], Ks[row], convention)
 
@@ -420,8 +420,7 @@ def static_clip(frames: PosedFrames, depth: Callable[[int], Any]) -> DepthClip:
         raise ValueError(f"frames: expected poses and intrinsics in {frames.name}, got none")
     if frames.distortion is not None and bool((frames.distortion != 0).any()):
         raise ValueError(f"frames: expected pinhole lenses in {frames.name}, got distortion; undistort pictures and depth first")
-    first, inner = frames.index([0]).read()
-    high, wide = first.shape[1:3]
+    high, wide = frames.index([0]).read()[0].shape[1:3]
     # Intrinsics belong to the size of calibration; the stored pictures may be smaller.
     Ks = frames.Ks * torch.stack([wide / frames.sizes[:, 0], high / frames.sizes[:, 1], torch.ones(len(frames))], -1).to(frames.Ks)[:, :, None]
     order = frames.times.argsort(stable=True)
@@ -973,10 +972,10 @@ def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], fol
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
-# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #a5eff16e
+# %% ../../nbs/02_neoverse/15b_reconstructor_training.ipynb #7ca30998
 # Field here -> parameter of the chapter, where they differ: the plain names belong to the generator.
 _CHAPTER_NAMES = {"iterations": "iterations_recon", "lr": "lr_recon", "keys": "recon_keyframes", "sets": "recon_sets", "lambda_regular": "lambda_reg"}
-_GENERATOR_ONLY = {"weight_decay", "max_stride", "optimizer"}
+_GENERATOR_ONLY = {"weight_decay", "max_stride"}
 
 
 def from_parameters(parameters: Mapping[str, Any], *, device: str) -> ReconstructorTraining:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ def test_hidden_tracks_do_not_count():
 def test_points_that_get_hidden_are_lost():
     spec, clip = room()
     whole, wall = clip_of(spec, clip, "flow"), torch.full_like(clip.depth[1], 0.1)
-    hidden = rt.replace(whole, read=lambda row: (clip.rgb[row], wall if row == 1 else clip.depth[row]))
+    hidden = replace(whole, read=lambda row: (clip.rgb[row], wall if row == 1 else clip.depth[row]))
     assert rt.training_batch(whole, [0, 2, 3], 24, 32).flow_forward[0, 0].isfinite().any()
     assert not rt.training_batch(hidden, [0, 2, 3], 24, 32).flow_forward[0, 0].isfinite().any()
 
@@ -139,9 +141,9 @@ def test_wrong_clips_are_refused():
     with pytest.raises(ValueError, match="motion: expected one of"):
         clip_of(spec, clip, "some")
     with pytest.raises(ValueError, match="Ks: expected"):
-        rt.replace(clip_of(spec, clip), Ks=clip.Ks[:2].double()).check()
+        replace(clip_of(spec, clip), Ks=clip.Ks[:2].double()).check()
     with pytest.raises(ValueError, match="depth: expected the picture's size"):
-        rt.training_batch(rt.replace(clip_of(spec, clip), read=lambda row: (clip.rgb[row], clip.depth[row, :4])), [0, 1, 2], 24, 32)
+        rt.training_batch(replace(clip_of(spec, clip), read=lambda row: (clip.rgb[row], clip.depth[row, :4])), [0, 1, 2], 24, 32)
 
 
 def test_poses_of_kilometres_keep_their_centimetres():
@@ -149,7 +151,7 @@ def test_poses_of_kilometres_keep_their_centimetres():
     far = clip.camtoworlds.double().clone()
     far[:, :3, 3] += torch.tensor([1e6, -2e6, 5e5], **FLOAT64)
     near = rt.training_batch(clip_of(spec, clip, "unknown"), [0, 1, 2], 24, 32)
-    assert torch.allclose(rt.training_batch(rt.replace(clip_of(spec, clip, "unknown"), camtoworlds=far), [0, 1, 2], 24, 32).camtoworlds, near.camtoworlds, atol=1e-6)
+    assert torch.allclose(rt.training_batch(replace(clip_of(spec, clip, "unknown"), camtoworlds=far), [0, 1, 2], 24, 32).camtoworlds, near.camtoworlds, atol=1e-6)
     assert torch.allclose(near.camtoworlds[0, 1].double(), invert_poses(clip.camtoworlds[0].double()) @ clip.camtoworlds[1].double(), atol=1e-6)
 
 
@@ -333,9 +335,9 @@ def test_motion_counts_only_where_it_is_known(tmp_path):
     loss = rt.objective(mini(tmp_path, rendering=False))
     lost = batch.flow_forward.clone()
     lost[:, 0, :12] = torch.nan
-    half = rt.replace(batch, flow_forward=lost)
+    half = replace(batch, flow_forward=lost)
     known = half.flow_forward[0, 0].isfinite().all(-1) & half.valid[0, 0]
-    error = lambda one, side, key, where: (getattr(out, f"velocity_{side}")[0, key] - getattr(one, f"flow_{side}")[0, key])[where].norm(dim=-1).mean()  # noqa: E731
+    error = lambda one, side, key, where: (getattr(out, f"velocity_{side}")[0, key] - getattr(one, f"flow_{side}")[0, key])[where].norm(dim=-1).mean()
     back = batch.flow_backward[0, 1].isfinite().all(-1) & batch.valid[0, 2]
     wanted = error(half, "forward", 0, known) + error(half, "backward", 1, back)
     assert torch.allclose(loss(out, half)[1]["motion"], wanted) and not torch.allclose(loss(out, batch)[1]["motion"], wanted)
@@ -422,7 +424,7 @@ def test_two_processes_are_one_with_two_clips(tmp_path):
 def test_wrong_sets_are_refused(tmp_path, entries, message):
     with pytest.raises(ValueError, match=message):
         rt.open_sets(mini(tmp_path, sets=entries))
-    assert rt.named_folders("sets", ("npz=a=b@0.5", "rooms@2"), ("npz", "rooms")) == [("npz", rt.Path("a=b"), 0.5), ("rooms", None, 2.0)]
+    assert rt.named_folders("sets", ("npz=a=b@0.5", "rooms@2"), ("npz", "rooms")) == [("npz", Path("a=b"), 0.5), ("rooms", None, 2.0)]
 
 
 # evaluation and the chapter's run
@@ -474,7 +476,7 @@ def test_tracks_of_the_true_room_beat_those_that_stand_still():
     world = torch.stack([scene_flow(spec, start, ids, 0.0, float(time)) for time in clip.times])
     inside = torch.einsum("tji,tnj->tni", clip.camtoworlds[:, :3, :3], world - clip.camtoworlds[:, None, :3, 3]).double()
     truth = {"tracks": inside, "visible": torch.ones(inside.shape[:2], dtype=torch.bool)}
-    frames = rt.replace(from_clip(clip), camtoworlds=None)
+    frames = replace(from_clip(clip), camtoworlds=None)
     oracle = OracleReconstructor(spec)
     moving = rt.score_tracks(oracle, frames, truth, width=64, height=48)
     still = rt.score_tracks(lambda pictures, times, **_: oracle(pictures, times, static=False, motion=False), frames, truth, width=64, height=48)
