@@ -64,13 +64,13 @@ def new_tiny(seed: int = 0) -> NeoVerseReconstructor:
 
     return seeded(seed, "tiny reconstructor", build)
 
-# %% ../../nbs/02_neoverse/09_tiny.ipynb #57b05363
-STAGES = {"depth": (500, 2e-3), "motion": (2600, 1.5e-3), "render": (150, 5e-4)}
-SQUARES = {"depth": {"log_depth": 1.0}, "motion": {"log_depth": 1.0, "pose": 0.1}, "render": {"log_depth": 0.1, "pose": 0.01}}
+# %% ../../nbs/02_neoverse/09_tiny.ipynb #25b9f0a8
+STAGES = {"depth": (500, 2e-3), "motion": (2600, 1.5e-3), "pose": (500, 1e-3), "together": (700, 1e-3), "render": (150, 5e-4)}
+SQUARES = {"depth": {"log_depth": 1.0}, "motion": {"log_depth": 1.0, "pose": 0.1}, "pose": {"pose": 1.0}, "together": {"log_depth": 1.0, "pose": 1.0}, "render": {"log_depth": 0.1, "pose": 0.1}}
 
 
 def tiny_objective(stage: str) -> ReconstructionLoss:
-    """`ReconstructionLoss` of a stage: "depth" (cameras and depth), "motion" (with velocities), "render" (with pictures)."""
+    """`ReconstructionLoss` of a stage: with pictures in "render", without before; "pose" uses `pose_loss` alone."""
     check_choice("stage", stage, STAGES)
     recipe = {"motion_kind": "squared", "typical": 0.06, "moving_weight": 8.0, "still_weight": 0.05}
     if stage == "render":
@@ -85,10 +85,10 @@ def log_depth_loss(out: ReconOutput, batch: ReconstructionBatch, unit: float = 0
     return sum(((depth.log() - truth) / unit).square().mean() for depth in (out.depth, out.gs_depth))
 
 
-def pose_loss(out: ReconOutput, batch: ReconstructionBatch, translation: float = 0.03, rotation: float = 0.02) -> Tensor:
+def pose_loss(cam_seq: Sequence[Tensor], batch: ReconstructionBatch, translation: float = 0.03, rotation: float = 0.02) -> Tensor:
     """Mean squared error of the poses of all frames but the first, translations in units of `translation`², quaternions in units of `rotation`², over all steps of the camera head (our choice)."""
     target = batch.camera_target()[:, 1:]
-    errors = [(estimate[:, 1:] - target)[..., :7].split([3, 4], -1) for estimate in out.cam_seq]
+    errors = [(estimate[:, 1:] - target)[..., :7].split([3, 4], -1) for estimate in cam_seq]
     return sum((t / translation).square().sum(-1).mean() + (q / rotation).square().sum(-1).mean() for t, q in errors) / len(errors)
 
 
@@ -107,7 +107,7 @@ class _Rooms:
             return batch
         keys = int(self.draw.choice([2, 3, 4, 5], p=[0.15, 0.45, 0.25, 0.15]))
         span = (keys - 1) * float(self.draw.uniform(0.12, min(0.3, 1 / (keys - 1))))
-        still = self.stage == "motion" and self.draw.random() < 0.5
+        still = self.stage in ("motion", "together") and self.draw.random() < 0.5
         self.last = room_batch(self.draw.integers(0, HELD_OUT, max(1, round(self.frames / keys))).tolist(), keys, WIDTH, HEIGHT, span=span, still_camera=still)
         return self.last
 
@@ -139,9 +139,12 @@ def _train_stage(model: NeoVerseReconstructor, stage: str, rate: float, rooms: _
     objective, squares = tiny_objective(stage), SQUARES[stage]
 
     def step(state: TrainState, batch: ReconstructionBatch) -> dict[str, Any]:
+        if stage == "pose":
+            loss = pose_loss(state.model.camera_head(state.model.backbone(batch.images)[0][-1][:, :, 0]), batch)
+            return {"loss": loss, "pose": loss.detach()}
         out = state.model(batch.images, batch.key_times, batch.is_static, motion=stage != "depth", cameras=batch.key_cameras)
         total, terms = objective(out, batch)
-        terms |= {"log_depth": log_depth_loss(out, batch), "pose": pose_loss(out, batch)}
+        terms |= {"log_depth": log_depth_loss(out, batch), "pose": pose_loss(out.cam_seq, batch)}
         return {"loss": total + sum(weight * terms[name] for name, weight in squares.items()), **{name: value.detach() for name, value in terms.items()}}
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -152,13 +155,14 @@ def _train_stage(model: NeoVerseReconstructor, stage: str, rate: float, rooms: _
 
     last = [f"velocity_{side}_head.last.2." for side in ("forward", "backward")] + ["camera_head.predict.fc2."] if stage != "depth" else []
     slow = {name for name, _ in model.named_parameters() if name.startswith(tuple(last))}
-    groups = [{"params": [p for name, p in model.named_parameters() if (name in slow) == chosen], "lr": rate * factor} for chosen, factor in ((False, 1.0), (True, 0.1))]
+    trained = {name: p for name, p in model.named_parameters() if stage != "pose" or name.startswith(("backbone.", "camera_head."))}
+    groups = [{"params": [p for name, p in trained.items() if (name in slow) == chosen], "lr": rate * factor} for chosen, factor in ((False, 1.0), (True, 0.1))]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=config.steps + 1, pct_start=0.1)
     train(TrainState(model, optimizer, scheduler, batches=rooms, generators={"rooms": rooms.draw}), step, config, folder=folder, evaluate=evaluate)
 
-# %% ../../nbs/02_neoverse/09_tiny.ipynb #22977d5f
+# %% ../../nbs/02_neoverse/09_tiny.ipynb #231349bf
 def _mean_each(values: dict[str, list[float]]) -> dict[str, float]:
     return {name: finite_mean(torch.tensor(each, dtype=torch.float64)) for name, each in values.items() if each}
 
@@ -166,7 +170,7 @@ def _mean_each(values: dict[str, list[float]]) -> dict[str, float]:
 def between_cameras(out: ReconOutput, clip: int, times: Tensor) -> Cameras:
     """Views of one clip at any `times` [V]: predicted poses interpolated between the key frames, mean predicted intrinsics."""
     height, width = out.depth.shape[-2:]
-    poses = interpolate_poses(out.camtoworlds[clip], out.times[clip], times)
+    poses = interpolate_poses(out.camtoworlds[clip], out.times[clip].contiguous(), times)
     return Cameras(invert_poses(poses), out.Ks[clip].mean(0).expand(len(times), 3, 3).contiguous(), width, height)
 
 
