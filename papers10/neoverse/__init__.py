@@ -24,20 +24,21 @@ __all__ = ['global_motion', 'SceneSpec', 'SceneView', 'SceneClip', 'render_scene
            'save_intermediates', 'bullet_time', 'slow_motion', 'stabilize_video', 'edit_conditions', 'edit_video',
            'background_video', 'track_points', 'super_resolve', 'multi_view', 'image_to_world', 'PosedFrames',
            'load_dataset', 'align_test_views', 'alignment_trial', 'evaluate_sequence', 'evaluate_tracks', 'paper_table',
-           'vbench_scores', 'WanControlTransformer', 'WanControlBranch', 'WanGenerator', 'build_transformer',
-           'load_release', 'load_lora', 'add_lora', 'train_generator', 'generate_clips', 'estimate', 'FullScale',
-           'bench_specs', 'reconstruction_seconds', 'gaussian_transition', 'motion_peak', 'Gaussians', 'Cameras',
-           'look_at', 'se3_exp', 'pluecker', 'rays', 'interpolate_poses', 'umeyama_sim3', 'Sim3', 'quat_exp',
-           'quat_mul', 'quat_slerp', 'convert_quat', 'render', 'voxel_merge', 'psnr', 'masked_psnr', 'ssim',
-           'lpips_distance', 'iou', 'pose_errors', 'endpoint_error_3d', 'apd_3d', 'save_ply', 'load_ply', 'save_splat',
-           'load_splat', 'save_sequence', 'load_sequence', 'save_cameras', 'load_cameras', 'save_colmap', 'load_colmap',
-           'save_glb', 'load_glb', 'save_depth', 'load_depth', 'show', 'static_page', 'sigma_grid', 'bell_weight',
-           'flow_loss', 'euler', 'invert_euler', 'Guidance']
+           'vbench_scores', 'ReconstructorTraining', 'ReconstructionClips', 'DepthClip', 'save_npz_clip',
+           'train_reconstructor', 'evaluate_full_scale', 'score_tracks', 'WanControlTransformer', 'WanControlBranch',
+           'WanGenerator', 'build_transformer', 'load_release', 'load_lora', 'add_lora', 'train_generator',
+           'generate_clips', 'estimate', 'FullScale', 'bench_specs', 'reconstruction_seconds', 'gaussian_transition',
+           'motion_peak', 'Gaussians', 'Cameras', 'look_at', 'se3_exp', 'pluecker', 'rays', 'interpolate_poses',
+           'umeyama_sim3', 'Sim3', 'quat_exp', 'quat_mul', 'quat_slerp', 'convert_quat', 'render', 'voxel_merge',
+           'psnr', 'masked_psnr', 'ssim', 'lpips_distance', 'iou', 'pose_errors', 'endpoint_error_3d', 'apd_3d',
+           'save_ply', 'load_ply', 'save_splat', 'load_splat', 'save_sequence', 'load_sequence', 'save_cameras',
+           'load_cameras', 'save_colmap', 'load_colmap', 'save_glb', 'load_glb', 'save_depth', 'load_depth', 'show',
+           'static_page', 'sigma_grid', 'bell_weight', 'flow_loss', 'euler', 'invert_euler', 'Guidance']
 
 # %% ../../nbs/02_neoverse/api.ipynb #51c58a59
 from ..core.optional import lazy_names
 
-# %% ../../nbs/02_neoverse/api.ipynb #b39d7ee0
+# %% ../../nbs/02_neoverse/api.ipynb #860d1721
 def _named_for_its_readers():
     from papers10.kernels.motion_peak import motion_peak
 
@@ -62,6 +63,7 @@ _HOME = {
     ".apps": ("bullet_time", "slow_motion", "stabilize_video", "edit_conditions", "edit_video", "background_video", "track_points", "super_resolve", "multi_view", "image_to_world"),
     ".datasets": ("PosedFrames", "load_dataset"),
     ".evaluation": ("align_test_views", "alignment_trial", "evaluate_sequence", "evaluate_tracks", "paper_table", "vbench_scores"),
+    ".reconstructor_training": ("ReconstructorTraining", "ReconstructionClips", "DepthClip", "save_npz_clip", "train_reconstructor", "evaluate_full_scale", "score_tracks"),
     ".full_scale": ("WanControlTransformer", "WanControlBranch", "WanGenerator", "build_transformer", "load_release", "load_lora", "add_lora", "train_generator", "generate_clips", "estimate", "FullScale"),
     ".benchmarks": ("bench_specs", "reconstruction_seconds"),
     "..kernels.gaussian_transition": ("gaussian_transition",),
@@ -93,7 +95,8 @@ _all_ = ["global_motion", "SceneSpec", "SceneView", "SceneClip", "render_scene",
          "track_cameras", "reconstruct_long", "render_conditions", "generate_long", "VideoOutput", "NeoVersePipeline", "save_intermediates",
          "bullet_time", "slow_motion", "stabilize_video", "edit_conditions", "edit_video", "background_video", "track_points", "super_resolve",
          "multi_view", "image_to_world", "PosedFrames", "load_dataset", "align_test_views", "alignment_trial", "evaluate_sequence", "evaluate_tracks",
-         "paper_table", "vbench_scores", "WanControlTransformer", "WanControlBranch", "WanGenerator", "build_transformer", "load_release",
+         "paper_table", "vbench_scores", "ReconstructorTraining", "ReconstructionClips", "DepthClip", "save_npz_clip", "train_reconstructor",
+         "evaluate_full_scale", "score_tracks", "WanControlTransformer", "WanControlBranch", "WanGenerator", "build_transformer", "load_release",
          "load_lora", "add_lora", "train_generator", "generate_clips", "estimate", "FullScale", "bench_specs", "reconstruction_seconds",
          "gaussian_transition", "motion_peak", "Gaussians", "Cameras", "look_at", "se3_exp", "pluecker", "rays", "interpolate_poses", "umeyama_sim3",
          "Sim3", "quat_exp", "quat_mul", "quat_slerp", "convert_quat", "render", "voxel_merge", "psnr", "masked_psnr", "ssim", "lpips_distance",
