@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/flow/guidance.html.md"""
 # %% auto #0
 __all__ = ['Branch', 'Guidance', 'SeveralConditions', 'independent', 'joint', 'batched']
 
-# %% ../../nbs/shared/flow/guidance.ipynb #2d3f65d4
+# %% ../../nbs/shared/flow/guidance.ipynb #d4430ee6
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_range
-from .schedule import clean_from_velocity
+from .schedule import _leading, _levels, clean_from_velocity
 
 Branch = tuple[str, ...]
 """The names of the conditions that are on in one call of the network; `()` is the unconditional call, `("condition",)` the one with all of them."""
@@ -33,7 +33,7 @@ class Guidance:
 
     scale: finite; 1 = the conditional answer alone, 0 = the unconditional one alone. interval: noise levels (low, high), both ends
     included, where it works; elsewhere the conditional answer is taken. rescale: None, or φ in [0, 1]: how far the standard deviation of the
-    predicted data (over all dimensions but the first) is brought back to the conditional prediction's. sigma_min as in `schedule.noised`. Raises ValueError.
+    predicted data (over all dimensions but the first) is brought back to the conditional prediction's (frames without noise cannot be changed and stay). sigma_min as in `schedule.noised`. Raises ValueError.
     """
 
     scale: float = 1.0
@@ -72,8 +72,8 @@ class Guidance:
         ratio = wanted / clean.std(dim=sizes, keepdim=True).clamp(min=1e-12)
         # The velocity that leads from x to the rescaled data; dx/dclean is linear, so only the difference is needed.
         change = self.rescale * (ratio - 1) * clean
-        noise_left = self.sigma_min + (1 - self.sigma_min) * _level(sigma)
-        return mixed - change / noise_left
+        noise_left = self.sigma_min + (1 - self.sigma_min) * _leading("sigma", _levels("sigma", sigma).to(x.device), x)
+        return torch.where(noise_left > 0, mixed - change / noise_left, mixed)  # where no noise is left, no velocity changes the data
 
 
 def _check_count(velocities: Tensor, names: tuple[Branch, ...]) -> None:

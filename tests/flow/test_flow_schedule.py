@@ -132,6 +132,16 @@ def test_guidance_known_values():
     assert joint({"a": 1, "u": 2}).branches(0.5) == (("a",), ("a", "u"))
 
 
+@pytest.mark.parametrize("sigma", [0.6, torch.tensor([0.2, 0.8, 0.0]), torch.tensor([[0.2, 0.4], [0.5, 0.9], [1.0, 0.1]])])
+def test_rescale_keeps_the_spread_at_every_level(sigma):
+    x, pair = normal(3, 2, 50), normal(2, 3, 2, 50, seed=1)
+    for least in (0.0, 1e-2):
+        out = Guidance(7.5, rescale=1.0, sigma_min=least).combine(pair, x, sigma)
+        assert bool(out.isfinite().all())
+        spread, wanted = (clean_from_velocity(x, u, sigma, sigma_min=least).flatten(1).std(1) for u in (out, pair[1]))
+        torch.testing.assert_close(spread, wanted)
+
+
 def test_batched_network_is_called_once_a_step():
     calls = []
 
