@@ -49,11 +49,11 @@ def camera_loss(cam_seq: Sequence[Float[Tensor, "batch frame 9"]], target: Float
         total = total + decay ** (len(cam_seq) - 1 - number) * (error[..., :3].clamp(max=limit).mean() + rotation * error[..., 3:7].mean() + fov * error[..., 7:].mean())
     return total / len(cam_seq)
 
-# %% ../../nbs/02_neoverse/07_losses.ipynb #4b662e32
+# %% ../../nbs/02_neoverse/07_losses.ipynb #6a1836ef
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`; 0 with a gradient of 0 where it is nowhere."""
+    """Mean of `values` weighted by `mask` (booleans or weights >= 0); 0 with a gradient of 0 where it is nowhere."""
     mask = mask.to(values.dtype).expand_as(values)
-    return (torch.where(mask > 0, values, 0.0) * mask).sum() / mask.sum().clamp_min(1.0)
+    return (torch.where(mask > 0, values, 0.0) * mask).sum() / mask.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def gradient_loss(error: Float[Tensor, "*batch H W"], mask: Bool[Tensor, "*batch H W"], scales: int = 4, limit: float = 100.0) -> Float[Tensor, ""]:
@@ -137,7 +137,7 @@ def seen_by_keys(depth: Float[Tensor, "batch view H W"], camtoworlds: Float[Tens
             seen[clip] = (inside & ((there - z).abs() <= tolerance)).any(0)
     return seen & (depth > 1e-6)
 
-# %% ../../nbs/02_neoverse/07_losses.ipynb #8725240d
+# %% ../../nbs/02_neoverse/07_losses.ipynb #ae33f8c3
 @dataclass(frozen=True)
 class ReconstructionBatch:
     """B clips with the truth.
@@ -184,11 +184,12 @@ class ReconstructionBatch:
         return Cameras(invert_poses(self.camtoworlds[clip]), self.Ks[clip], width, height)
 
     def to(self, *target) -> "ReconstructionBatch":
-        """On another device, or in another floating dtype (times stay float64, masks boolean)."""
-        device = torch.empty(0).to(*target).device
+        """On another device, or in another floating dtype (times stay float64, masks boolean); a half precision is for the frames only: cameras, depth and flow keep theirs."""
+        sample = torch.empty(0, device=self.frames.device).to(*target)
+        half = sample.dtype in (torch.float16, torch.bfloat16)
 
         def moved(name: str, value):
-            return value if value is None else value.to(device) if name == "times" or value.dtype == torch.bool else value.to(*target)
+            return value if value is None else value.to(sample.device) if name == "times" or value.dtype == torch.bool or half and name != "frames" else value.to(*target)
 
         return replace(self, **{item.name: moved(item.name, getattr(self, item.name)) for item in fields(self)})
 

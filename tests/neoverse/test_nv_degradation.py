@@ -149,6 +149,9 @@ def test_conditions(clip):
     assert (no_mask | ~gone).all() and abs(float(no_mask.float().mean()) - 0.24) < 0.08
     assert torch.equal(many.drop(3)[0].rgb, kept.rgb) and many.drop(3)[1] is None and torch.equal(many.mask, torch.ones_like(many.mask))
     assert len(kept.index([0, 5])) == 2 and kept.to(torch.float64).rgb.dtype == torch.float64 and kept.to(torch.float64).dropped.dtype == torch.bool
+    half = kept.to(torch.bfloat16)
+    assert half.rgb.dtype == half.mask.dtype == torch.bfloat16 and torch.equal(half.depth, kept.depth) and torch.equal(half.camtoworlds, kept.camtoworlds) and half.Ks.dtype == torch.float64
+    half.check()
     for changes, word in (({"mask": one.mask * 2}, "mask"), ({"depth": -one.depth}, "depth"), ({"rgb": one.rgb[:, :, :2]}, "depth"), ({"camtoworlds": one.camtoworlds * 2}, "camtoworlds")):
         with pytest.raises(ValueError, match=word):
             RenderConditions(**{**{name: getattr(one, name) for name in ("rgb", "depth", "mask", "camtoworlds", "Ks")}, **changes}).check()

@@ -90,9 +90,13 @@ def test_motion_loss_by_hand():
     assert float(motion_loss(velocity, target, mask)) == pytest.approx(2.5)
     assert float(motion_loss(velocity, target, mask, kind="squared", typical=5.0)) == pytest.approx(0.5)
     assert float(motion_loss(velocity, target, mask, weights=torch.tensor([[[3.0, 1.0]]]))) == pytest.approx(15 / 4)
+    assert float(motion_loss(velocity, target, mask, weights=torch.tensor([[[3e-3, 1e-3]]]))) == pytest.approx(15 / 4)
+    assert float(motion_loss(velocity, target, mask, weights=torch.zeros(1, 1, 2))) == 0
     still = torch.zeros(1, 1, 2, 3, requires_grad=True)
-    motion_loss(still, target, mask).backward()
-    assert bool(torch.isfinite(still.grad).all())
+    for counts in (mask, ~mask):
+        still.grad = None
+        motion_loss(still, target, counts).backward()
+        assert bool(torch.isfinite(still.grad).all())
 
 
 def test_opacity_loss():
@@ -151,8 +155,11 @@ def test_batches():
     again = rooms((0, 1), keys=3)
     assert all(torch.equal(getattr(batch, item.name), getattr(again, item.name)) for item in fields(batch))
     assert not bool(batch.is_static.any()) and bool(rooms(motion="static").is_static.all())
-    half = batch.to(torch.float64)
-    assert half.depth.dtype == torch.float64 and half.valid.dtype == torch.bool
+    wide = batch.to(torch.float64)
+    assert wide.depth.dtype == torch.float64 and wide.valid.dtype == torch.bool
+    half = batch.to(torch.float16)
+    assert half.frames.dtype == torch.float16
+    assert all(torch.equal(getattr(half, item.name), getattr(batch, item.name)) for item in fields(batch) if item.name != "frames")
 
 
 def test_time_reversal():
