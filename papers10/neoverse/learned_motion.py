@@ -1,4 +1,4 @@
-"""a flat world of discs, in which what comes next says nothing about what was before: there one sees what the motion branch does, and what makes or breaks its training
+"""a flat world of discs, in which what comes next says nothing about what was before: there one sees what the motion branch does, and how it is trained
 
 Docs: https://papers10.github.io/papers10/02_neoverse/learned_motion.html.md"""
 
