@@ -216,7 +216,7 @@ def depth_gaussians(frames: Float[Tensor, "key H W 3"], depths: Float[Tensor, "k
     flat = lambda values: None if values is None else values.reshape(-1, 3)[known].to(scene.gaussians.means)
     return scene.replace(key=torch.full_like(scene.key, -1) if static else scene.key, velocity_forward=flat(forward), velocity_backward=flat(backward))
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #0fa10744
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #2f26a453
 SHARP = 0.1
 """Pixel filter for Gaussians of one pixel each, pixels². With 0.3, what networks are trained with, frames rendered from their own camera lose some 5 dB (Big Buck Bunny); less than 0.1 opens gaps (our choice)."""
 
@@ -326,14 +326,14 @@ class PopUpDepth:
         self.floor, self.join = PlaneDepth(near=near, far=far, horizon=horizon), check_range("join", join, 0, 1)
         self.masks = MotionMask() if masks is None else None if masks == "none" else masks
 
-    def depth(self, frames: Any) -> Float[Tensor, "time height width"]:
-        """`frames` [T, H, W, 3]. Returns [T, H, W]."""
+    def depth(self, frames: Any, found: Bool[Tensor, "time height width"] | None = None) -> Float[Tensor, "time height width"]:
+        """`frames` [T, H, W, 3]; `found` what moves, where it is known already. Returns [T, H, W]."""
         depth = self.floor.depth(frames)
         if self.masks is None or len(frames) < 2:
             return depth
         from scipy import ndimage
 
-        found = torch.as_tensor(self.masks.segment(frames))
+        found = torch.as_tensor(self.masks.segment(frames)) if found is None else found
         # Parts of one body that do not move at the same time are joined.
         reach = max(1, round(self.join * depth.shape[1]))
         near = np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1]) <= reach
@@ -364,14 +364,16 @@ class DepthReconstructor:
         self.masks = MotionMask() if masks is None else None if masks == "none" else masks
 
     def __call__(self, frames: Tensor, times: Tensor, *, static: bool = False, motion: bool = True) -> Reconstruction:
-        depths = self.depth.depth(frames).float()
+        moving = None if self.masks is None or static or len(frames) < 2 else torch.as_tensor(self.masks.segment(frames))
+        shared = {"found": moving} if isinstance(self.depth, PopUpDepth) and moving is not None else {}
+        depths = self.depth.depth(frames, **shared).float()
         count, high, wide = depths.shape
         focal = wide / 2 / math.tan(self.fov / 2)
         Ks = torch.tensor([[focal, 0, wide / 2], [0, focal, high / 2], [0, 0, 1]]).repeat(count, 1, 1)
         if self.cameras == "still" or count == 1:
             poses = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
         else:
-            poses = track_cameras(frames, depths, Ks[0], mask=None if self.masks is None or static else torch.as_tensor(self.masks.segment(frames)))
+            poses = track_cameras(frames, depths, Ks[0], mask=moving)
         forward = backward = None
         if motion and not static and count > 1 and self.flow is not None:
             forward, backward = flow_motion(depths, poses.float(), Ks, frames, self.flow)
