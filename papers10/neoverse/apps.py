@@ -70,7 +70,7 @@ def stabilize_video(pipeline: NeoVersePipeline, video: Any, *, num_keyframes: in
     output = pipeline.film(clip, found, CameraTrajectory(calm, "global", "stabilized"), **options)
     return Stabilized(output, shake(found.camtoworlds), shake(calm))
 
-# %% ../../nbs/02_neoverse/13_applications.ipynb #e810cc84
+# %% ../../nbs/02_neoverse/13_applications.ipynb #4ff9abc6
 def edit_conditions(video: Float[Tensor, "T H W 3"], edit_mask: Tensor, *, reconstruction: Reconstruction | None = None, threshold: float = 0.5) -> RenderConditions:
     """Conditions that keep a video where `edit_mask` is below `threshold`.
 
@@ -78,12 +78,15 @@ def edit_conditions(video: Float[Tensor, "T H W 3"], edit_mask: Tensor, *, recon
         video: [T, H, W, 3] in [0, 1] or uint8. edit_mask: [T, H, W] or [T, H, W, C], bool, uint8 or in [0, 1]; 1 is what shall change.
         reconstruction: of all T frames, for depth and cameras; without, depth is 0 and the camera stands still with 60 degrees across.
 
-    Raises: ValueError for shapes that do not fit. Source: official notebook; the threshold is ours.
+    Raises: ValueError for shapes that do not fit, a mask outside [0, 1] or not finite. Source: official notebook; the threshold is ours.
     """
     frames = to_float(video)
     edit = torch.as_tensor(edit_mask)
     edit = (edit.float() / 255 if edit.dtype == torch.uint8 else edit.float())
     edit = edit.amax(-1) if edit.dim() == 4 else edit
+    check_finite("edit_mask", edit)
+    if edit.numel() and not (float(edit.min()) >= 0 and float(edit.max()) <= 1):
+        raise ValueError(f"edit_mask: expected bool, uint8 or numbers in [0, 1], got {float(edit.min()):.4g}..{float(edit.max()):.4g}")
     dims = check_shape("edit_mask", edit, "T H W", check_shape("video", frames, "T H W 3"))
     check_range("threshold", threshold, 0, 1)
     keep = (edit < threshold).float()[..., None]

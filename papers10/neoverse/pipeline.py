@@ -11,7 +11,7 @@ __all__ = ['SHARP', 'Clip', 'load_clip', 'Reconstruction', 'Reconstructor', 'Gen
            'render_conditions', 'fill_holes', 'fitting_size', 'generate_long', 'VideoOutput', 'NeoVersePipeline',
            'save_intermediates']
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #d9e01a88
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #f482c493
 import math
 import os
 import time
@@ -31,6 +31,7 @@ from ..core.media import read_image, read_video, resize, to_float, to_uint8, wri
 from ..core.optional import need
 from .degradation import RenderConditions
 from .gaussians4d import Gaussians4D, oracle_gaussians, pixel_gaussians, render_4d
+from .separation import speed_maps
 from .trajectories import CameraTrajectory
 from ..splat.cameras import Cameras, Sim3, align_poses, check_poses, interpolate_poses, invert_poses, project_points, se3_exp, unproject
 from ..splat.gaussians import Gaussians
@@ -216,7 +217,7 @@ def depth_gaussians(frames: Float[Tensor, "key H W 3"], depths: Float[Tensor, "k
     flat = lambda values: None if values is None else values.reshape(-1, 3)[known].to(scene.gaussians.means)
     return scene.replace(key=torch.full_like(scene.key, -1) if static else scene.key, velocity_forward=flat(forward), velocity_backward=flat(backward))
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #2f26a453
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #fe2b283a
 SHARP = 0.1
 """Pixel filter for Gaussians of one pixel each, pixels². With 0.3, what networks are trained with, frames rendered from their own camera lose some 5 dB (Big Buck Bunny); less than 0.1 opens gaps (our choice)."""
 
@@ -259,7 +260,7 @@ class NetworkReconstructor:
     def __call__(self, frames: Tensor, times: Tensor, *, static: bool = False, motion: bool = True) -> Reconstruction:
         moments = torch.as_tensor(times, dtype=torch.float64)
         images = frames.movedim(-1, 1)[None].to(self.device, torch.float32)
-        out = self.model(images, moments[None].to(self.device), is_static=torch.tensor([static], device=self.device), motion=motion and not static and len(moments) > 1)
+        out = self.model(images, moments[None].to(self.device), is_static=torch.tensor([static], device=self.device), motion=motion and not static)
         return Reconstruction(out.gaussians[0].to("cpu"), out.camtoworlds[0].cpu().float(), out.Ks[0].cpu().float(), out.gs_depth[0].cpu().float(), frames, moments, static)
 
 
@@ -476,23 +477,27 @@ class DepthAnything3Reconstructor:
         whole[:, :3] = views[:, :3]
         return _from_maps(frames, times, depths, invert_poses(whole), inner, static, self.flow if motion else None, "depth_anything_3")
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #0e7d85c9
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #5c4c543b
 def separated(reconstruction: Reconstruction, *, speed_threshold: float | str = "auto", occlusion_tol: float = 0.05, voxel: float | str | None = "pixel", **options) -> Reconstruction:
     """With static Gaussians drawn at all times.
 
-    voxel: cells in which static ones of several key frames are merged; "pixel": what a pixel covers at the median depth (our choice, see the table below), None: no merging. Without velocities, without one Gaussian for every pixel, or separated already, the reconstruction
-    comes back as it was. options: of `separation.separate`.
+    voxel: cells in which static ones of several key frames are merged; "pixel": what a pixel covers at the median depth (our choice, see the table below), None: no merging. Pixels without depth have no Gaussian
+    and do not count as static. Without velocities, without one Gaussian for every pixel with depth, or separated already, the reconstruction comes back as it was. options: of `separation.separate`.
     """
-    scene, high, wide = reconstruction.scene, *reconstruction.size
-    if reconstruction.static or reconstruction.static_mask is not None or (scene.velocity_forward is None and scene.velocity_backward is None) or len(scene) != len(reconstruction) * high * wide:
+    scene, depths = reconstruction.scene, reconstruction.depths
+    kept = (torch.isfinite(depths) & (depths > 0)).reshape(-1)
+    if reconstruction.static or reconstruction.static_mask is not None or (scene.velocity_forward is None and scene.velocity_backward is None) or len(scene) != int(kept.sum()):
         return reconstruction
-    sides = [value.norm(dim=-1) for value in (scene.velocity_forward, scene.velocity_backward) if value is not None]
-    speeds = torch.stack(sides).amax(0).reshape(reconstruction.depths.shape)
-    mask, _ = scene.separate(reconstruction.cameras(), reconstruction.depths, speeds, speed_threshold=speed_threshold, occlusion_tol=occlusion_tol, **options)
+    speeds = torch.zeros(depths.numel(), dtype=depths.dtype, device=depths.device)
+    speeds[kept] = speed_maps(scene.velocity_forward, scene.velocity_backward).to(depths.dtype)
+    shown = torch.where(kept, depths.reshape(-1), 0.0).reshape(depths.shape)
+    mask, _ = scene.separate(reconstruction.cameras(), shown, speeds.reshape(depths.shape), speed_threshold=speed_threshold, occlusion_tol=occlusion_tol, **options)
+    whole = torch.zeros_like(kept)
+    whole[kept] = mask
     cell = reconstruction.median_depth / float(reconstruction.Ks[:, 0, 0].median()) if voxel == "pixel" else voxel
-    return replace(reconstruction, scene=scene.aggregate(mask, voxel=cell), static_mask=mask.reshape(reconstruction.depths.shape))
+    return replace(reconstruction, scene=scene.aggregate(mask, voxel=cell), static_mask=whole.reshape(depths.shape))
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #7528d720
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #1449752b
 def moved_scene(scene: Gaussians4D, similarity: Sim3) -> Gaussians4D:
     """A scene in another world: positions, sizes, rotations and displacements go through the similarity. Colours that depend on the direction are not turned."""
     scale, turn, _ = (value.to(scene.gaussians.means) for value in similarity)
@@ -513,11 +518,12 @@ def reconstruct_long(reconstructor: Reconstructor, frames: Float[Tensor, "key H 
                      motion: bool = True) -> Reconstruction:
     """A reconstruction of any number of key frames, in windows with an overlap that are brought into one world and scale.
 
-    Raises: ValueError for an overlap that is not below the window. Source: our choice.
+    Raises: ValueError for an overlap that is not below the window or below 2: with one shared frame it would have no motion across the border. Source: our choice.
     """
     moments = torch.as_tensor(times, dtype=torch.float64)
     if len(frames) <= window:
         return reconstructor(frames, moments, static=static, motion=motion)
+    check_range("overlap", overlap, 2, window - 1)
     parts, places = [], _windows(len(frames), int(window), int(overlap))
     for start, end in places:
         part = reconstructor(frames[start:end], moments[start:end], static=static, motion=motion)
@@ -569,7 +575,7 @@ def render_conditions(reconstruction: Reconstruction, trajectory: CameraTrajecto
     conditions = RenderConditions(rgb[None], seen.depth[None], mask[None], applied.camtoworlds.float()[None], cameras.Ks[None])
     return conditions, seen.alpha, applied.times
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #5f668982
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #07f3b869
 @torch.no_grad()
 def fill_holes(color: Float[Tensor, "time height width 3"], alpha: Float[Tensor, "time height width 1"]) -> Float[Tensor, "time height width 3"]:
     """Pictures whose missing part is painted from its surroundings, frame by frame.
@@ -617,7 +623,7 @@ def generate_long(generator: Generator, conditions: RenderConditions, *, window:
     for start, end in _windows(total, int(window), int(overlap)):
         # The last window is moved back, so that all have the length that the generator knows.
         start, end = max(0, end - window), end
-        part = RenderConditions(*(getattr(conditions, name)[:, start:end].clone() for name in ("rgb", "depth", "mask", "camtoworlds", "Ks")))
+        part = RenderConditions(*(getattr(conditions, name)[:, start:end].clone() for name in ("rgb", "depth", "mask", "camtoworlds", "Ks")), conditions.dropped)
         shared = before - start
         if film is not None:
             part.rgb[:, :shared], part.mask[:, :shared] = film[:, start:before], 1.0
@@ -630,7 +636,7 @@ def generate_long(generator: Generator, conditions: RenderConditions, *, window:
         before = end
     return film
 
-# %% ../../nbs/02_neoverse/12_pipeline.ipynb #d4633046
+# %% ../../nbs/02_neoverse/12_pipeline.ipynb #312c9720
 @dataclass(frozen=True, eq=False)
 class VideoOutput:
     """A film and what lay between. Fields: frames uint8 [T, H, W, 3]; fps; conditions; alpha [T, H, W, 1]; times [T]; reconstruction; seconds by stage."""
@@ -667,8 +673,8 @@ class NeoVersePipeline:
         self.reconstructor = DepthReconstructor() if reconstructor is None else reconstructor
         self.generator = generator
         self.separate, self.blend = separate, blend
-        check_range("window", window, 2)
-        check_range("overlap", overlap, 1, window - 1)
+        check_range("window", window, 3)
+        check_range("overlap", overlap, 2, window - 1)
         self.window, self.overlap = int(window), int(overlap)
 
     @classmethod
@@ -728,7 +734,7 @@ class NeoVersePipeline:
             video: what `load_clip` takes, or a `Clip`. trajectory: a `CameraTrajectory`, the name of an operation, a JSON file, or the mapping it holds.
             num_frames: of the source, at most, and of a trajectory given by name. size: (height, width) of the source's frames, or their short side. output_size: of the film, when not that of the source.
             num_keyframes: frames that are rebuilt; None: all of them ("quality", official demo), fewer are faster and use motion between them. motion: None: where frames are left out.
-            alpha_threshold: opacity above which the generator keeps the rendering; 1 repaints everything. use_first_frame: give the generator the true first frame; None: as the trajectory says.
+            alpha_threshold: opacity above which the generator keeps the rendering; 1 repaints everything. use_first_frame: give the generator the true first frame, which the path has to begin at; None: as the trajectory says, and not if it begins elsewhere.
             static: nothing moves in the source. fps: of the film. auto_fix: change sizes to the nearest that the generator takes, instead of refusing.
             prompt, negative_prompt, steps, guidance_scale, seed: of the generator; prompt None: its own, which asks for natural inpainting. metric_scale: scene units of a metre.
 
@@ -769,7 +775,13 @@ class NeoVersePipeline:
         """The second half: a film along a trajectory from a scene that is there already. Arguments of the call."""
         clock = time.perf_counter()
         high, wide = output_size or rebuilt.size
-        first = clip.frames[0] if (trajectory.use_first_frame if use_first_frame is None else use_first_frame) and trajectory.time_map is None else None
+        first = clip.frames[0] if (trajectory.use_first_frame if use_first_frame is None else use_first_frame) else None
+        if first is not None:
+            start = trajectory.apply(rebuilt.camtoworlds, rebuilt.times, rebuilt.Ks, static=rebuilt.static, median_depth=rebuilt.median_depth, metric_scale=metric_scale)
+            same = abs(float(start.times[0]) - float(rebuilt.times[0])) < 1e-6 and torch.allclose(start.camtoworlds[0].double(), rebuilt.camtoworlds[0].double(), atol=1e-4) and torch.allclose(start.Ks[0].double(), rebuilt.Ks[0].double(), rtol=1e-4)
+            if not same and use_first_frame:
+                raise ValueError("use_first_frame: expected a path that begins at the source's first camera and time, got another beginning; leave it out, or let the path begin there")
+            first = first if same else None
         conditions, alpha, times = render_conditions(rebuilt, trajectory, width=wide, height=high, alpha_threshold=alpha_threshold, first_frame=first, metric_scale=metric_scale, blend=self.blend)
         rendered = time.perf_counter()
         if self.generator is None:
