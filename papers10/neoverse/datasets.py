@@ -8,9 +8,8 @@ Docs: https://papers10.github.io/papers10/02_neoverse/datasets.html.md"""
 __all__ = ['LOADERS', 'PosedFrames', 'from_clip', 'load_dycheck', 'load_scannetpp', 'load_eyeful_tower', 'load_nerfstudio',
            'load_realestate10k', 'load_llff', 'load_adt', 'load_tapvid3d', 'load_dataset']
 
-# %% ../../nbs/02_neoverse/16_datasets.ipynb #500f5e60
+# %% ../../nbs/02_neoverse/16_datasets.ipynb #1fa7c0f0
 import csv
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from ..core.checks import check_choice, check_finite, check_range, check_shape
 from ..core.media import read_image, resize, to_float
 from ..core.optional import need
 from ..splat.cameras import check_poses, interpolate_poses, invert_poses, make_poses
-from ..splat.export import load_colmap
+from ..splat.export import load_colmap, read_json
 from ..splat.rotations import convert_quat, quat_to_matrix
 
 # %% ../../nbs/02_neoverse/16_datasets.ipynb #223b1e8c
@@ -146,18 +145,7 @@ def from_clip(clip: Any, name: str = "room", *, cameras: Tensor | None = None) -
     count = len(clip.rgb)
     return PosedFrames(name, list(clip.rgb), torch.tensor([[wide, high]]).expand(count, 2), clip.times.double(), clip.camtoworlds.double(), clip.Ks.double(), cameras).check()
 
-# %% ../../nbs/02_neoverse/16_datasets.ipynb #312d393b
-def _json(path: Path, *keys: str) -> Any:
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"path: expected JSON in {path}, got {error}") from None
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"path: expected the keys {', '.join(missing)} in {path}, got {', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}")
-    return content
-
-
+# %% ../../nbs/02_neoverse/16_datasets.ipynb #e1bc434b
 def _matrix(fx: float, fy: float, cx: float, cy: float) -> list[list[float]]:
     return [[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]]
 
@@ -192,11 +180,11 @@ def load_dycheck(folder: str | os.PathLike, *, scale: int = 1, masks: bool = Fal
     Raises: FileNotFoundError, ValueError for another schema.
     """
     folder = Path(folder)
-    about = _json(folder / "metadata.json")
+    about = read_json(folder / "metadata.json")
     names = sorted(about, key=lambda name: (about[name].get("camera_id", 0), about[name].get("warp_id", 0), name))
 
     def build() -> PosedFrames:
-        cameras = [_json(folder / "camera" / f"{name}.json") for name in names]
+        cameras = [read_json(folder / "camera" / f"{name}.json") for name in names]
         orientation = torch.tensor([camera["orientation"] for camera in cameras], dtype=torch.float64)
         place = torch.tensor([camera["position"] for camera in cameras], dtype=torch.float64)
         inner = [_matrix(camera["focal_length"], camera["focal_length"] * camera.get("pixel_aspect_ratio", 1.0), *camera["principal_point"]) for camera in cameras]
@@ -220,8 +208,8 @@ def load_scannetpp(folder: str | os.PathLike) -> PosedFrames:
     """
     folder = Path(folder)
     dslr = folder / "dslr" if (folder / "dslr").is_dir() else folder
-    lists = _json(dslr / "train_test_lists.json", "train", "test")
-    about = _json(dslr / "nerfstudio" / "transforms_undistorted.json", "fl_x", "fl_y", "cx", "cy", "w", "h")
+    lists = read_json(dslr / "train_test_lists.json", ("train", "test"))
+    about = read_json(dslr / "nerfstudio" / "transforms_undistorted.json", ("fl_x", "fl_y", "cx", "cy", "w", "h"))
     model = load_colmap(dslr / "colmap", distortion="ignore")
     pictures = next((place for place in (dslr / "resized_undistorted_images", dslr / "undistorted_images") if place.is_dir()), dslr / "resized_undistorted_images")
     known = {Path(name).name: place for place, name in enumerate(model.names)}
@@ -248,14 +236,14 @@ def load_eyeful_tower(folder: str | os.PathLike, *, images: str = "images-jpeg-2
     Raises: FileNotFoundError; ValueError for a scene taken with fisheye lenses (office1a, office2, seating_area, table, workshop), another schema, no picture.
     """
     folder = Path(folder)
-    entries = _json(folder / "cameras.json", "KRT")["KRT"]
+    entries = read_json(folder / "cameras.json", ("KRT",))["KRT"]
     fish = [entry for entry in entries if entry.get("distortionModel") == "Fisheye"]
     if fish:
         raise ValueError(f"folder: expected a scene with pinhole lenses, got {len(fish)} fisheye pictures in {folder}; the six pinhole scenes are apartment, kitchen, office1b, office_view1, office_view2, riverview")
     there = [(entry, place) for entry in entries if (place := folder / images / f"{entry['cameraId']}.jpg").is_file()]
     if not there:
         raise FileNotFoundError(f"images: expected pictures of cameras.json in {folder / images}, found none")
-    split = _json(folder / "splits.json", "test") if (folder / "splits.json").is_file() else None
+    split = read_json(folder / "splits.json", ("test",)) if (folder / "splits.json").is_file() else None
     test = None if split is None else {str(name).rsplit(".", 1)[0] for name in split["test"]}
 
     def build() -> PosedFrames:
@@ -281,7 +269,7 @@ def load_nerfstudio(folder: str | os.PathLike, *, file: str = "transforms.json",
     Raises: FileNotFoundError; ValueError for fisheye lenses, another schema, no picture.
     """
     folder = Path(folder)
-    about = _json(folder / file, "frames")
+    about = read_json(folder / file, ("frames",))
 
     def build() -> PosedFrames:
         places = []
@@ -369,7 +357,7 @@ def load_adt(folder: str | os.PathLike) -> PosedFrames:
     Raises: FileNotFoundError; ValueError for another schema, pictures outside the trajectory's time.
     """
     folder = Path(folder)
-    about = _json(folder / "rectified" / "calibration.json", "K", "width", "height", "T_device_camera")
+    about = read_json(folder / "rectified" / "calibration.json", ("K", "width", "height", "T_device_camera"))
     pictures = sorted((folder / "rectified").glob("*.png"), key=lambda place: int(place.stem))
     if not pictures:
         raise FileNotFoundError(f"path: expected pictures in {folder / 'rectified'}, found none")

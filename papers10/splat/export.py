@@ -6,8 +6,8 @@ Docs: https://papers10.github.io/papers10/shared/splat/export.html.md"""
 
 # %% auto #0
 __all__ = ['save_ply', 'load_ply', 'save_splat', 'load_splat', 'save_scene', 'load_scene', 'save_sequence', 'load_sequence',
-           'CameraFile', 'save_cameras', 'load_cameras', 'ColmapModel', 'save_colmap', 'load_colmap', 'Points',
-           'save_points', 'load_points', 'save_glb', 'load_glb', 'save_depth', 'load_depth']
+           'read_json', 'CameraFile', 'save_cameras', 'load_cameras', 'ColmapModel', 'save_colmap', 'load_colmap',
+           'Points', 'save_points', 'load_points', 'save_glb', 'load_glb', 'save_depth', 'load_depth']
 
 # %% ../../nbs/shared/splat/export.ipynb #41fb235c
 import json
@@ -297,7 +297,7 @@ def load_scene(path, device="cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"path: expected a safetensors file, got {place}: {error}") from None
 
-# %% ../../nbs/shared/splat/export.ipynb #fe8bed79
+# %% ../../nbs/shared/splat/export.ipynb #18981f4c
 def _rising(times: Any, count: int) -> list[float]:
     values = [float(t) for t in (range(count) if times is None else times)]
     if len(values) != count:
@@ -334,23 +334,24 @@ def save_sequence(folder, sets: Sequence[Gaussians], times: Sequence[float] | No
 def load_sequence(folder) -> tuple[list[Gaussians], list[float]]:
     """Read what `save_sequence` wrote: (sets, times). Raises FileNotFoundError for a missing file, ValueError for a damaged one."""
     folder = Path(folder)
-    about = _read_json(folder / "times.json", ("kind", "times"))
+    about = read_json(folder / "times.json", ("kind", "times"))
     check_choice("kind", about["kind"], ("ply", "splat"))
     places = [folder / f"{number:05d}.{about['kind']}" for number in range(len(about["times"]))]
     return [load_ply(place)[0] if about["kind"] == "ply" else load_splat(place) for place in places], about["times"]
 
 
-def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
+    """What a JSON file holds, with all of `keys`. Raises ValueError naming the file for what is no JSON, or the keys that are missing."""
     try:
         content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"path: expected JSON in {path}, got {error}") from None
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ValueError(f"path: expected the keys {', '.join(missing)} in {path}, got {', '.join(content) if isinstance(content, dict) else type(content).__name__}")
+        raise ValueError(f"path: expected the keys {', '.join(missing)} in {path}, got {', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}")
     return content
 
-# %% ../../nbs/shared/splat/export.ipynb #d09c89f9
+# %% ../../nbs/shared/splat/export.ipynb #19cfc06c
 class CameraFile(NamedTuple):
     """Fields: cameras; times [V] float64 or None; names, one a view, or None; metadata."""
 
@@ -417,7 +418,7 @@ def load_cameras(path) -> CameraFile:
     path = Path(path)
     check_choice("path", path.suffix, (".json", ".npz"))
     if path.suffix == ".json":
-        content = _read_json(path, ("width", "height", "frames"))
+        content = read_json(path, ("width", "height", "frames"))
         frames = content["frames"]
         try:
             camtoworlds = torch.tensor([frame["camtoworld"] for frame in frames], dtype=torch.float64).reshape(-1, 4, 4)
