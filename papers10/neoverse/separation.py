@@ -21,7 +21,7 @@ from .world import SceneClip, SceneSpec, scene_clip
 from ..splat.cameras import Cameras
 from ..splat.geometry import voxel_merge
 
-# %% ../../nbs/02_neoverse/03_separation.ipynb #f3b72794
+# %% ../../nbs/02_neoverse/03_separation.ipynb #e8e66532
 SEPARATION_MODES = ("gmt", "instant")
 
 
@@ -77,6 +77,14 @@ def separate(scene: Gaussians4D, cameras: Cameras, depths: Float[Tensor, "S H W"
     return (peak < threshold) | (scene.key < 0), peak
 
 
+def _cell_means(values: Tensor, weights: Tensor, cells: Tensor, count: int) -> Tensor:
+    """Weighted mean of values [N] over cells [N]; the plain mean where all weights are 0."""
+    total = torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, cells, weights)
+    weights = torch.where(total[cells] > 0, weights, 1.0)
+    total = torch.zeros_like(total).index_add(0, cells, weights)
+    return torch.zeros_like(total).index_add(0, cells, weights * values) / total
+
+
 def aggregate(scene: Gaussians4D, static_mask: Bool[Tensor, "N"], *, voxel: float | None = None) -> Gaussians4D:
     """The scene in which static Gaussians are drawn at all times and the others near their own key frame only.
 
@@ -95,10 +103,11 @@ def aggregate(scene: Gaussians4D, static_mask: Bool[Tensor, "N"], *, voxel: floa
     static, dynamic = scene.index(static_mask), scene.index(~static_mask)
     if voxel is not None and len(static):
         weights = torch.ones_like(static.gaussians.opacities) if static.life is None else static.life
-        merged, _ = voxel_merge(static.gaussians, voxel, weights=weights)
+        merged, cells = voxel_merge(static.gaussians, voxel, weights=weights)
         blank = lambda value: None if value is None else torch.zeros(len(merged), *value.shape[1:], dtype=value.dtype, device=value.device)  # noqa: E731
         static = static.replace(gaussians=merged, key=torch.full((len(merged),), -1, device=static.key.device),
-                                **{name: blank(getattr(static, name)) for name in ("velocity_forward", "velocity_backward", "angular_forward", "angular_backward", "life", "confidence")})
+                                **{name: blank(getattr(static, name)) for name in ("velocity_forward", "velocity_backward", "angular_forward", "angular_backward", "life")},
+                                confidence=None if static.confidence is None else _cell_means(static.confidence, weights, cells, len(merged)))
     still = static.replace(key=torch.full_like(static.key, -1))
     return Gaussians4D.cat([still, dynamic])
 

@@ -67,6 +67,8 @@ def test_aggregation_keeps_everything_and_merging_keeps_the_background(room):
     merged = aggregate(scene, static, voxel=0.2)
     assert len(merged.constant()) < len(whole.constant()) and len(merged.index(merged.key >= 0)) == int((~static).sum())
     merged.check()
+    trusted = scene.replace(confidence=torch.full_like(scene.life, 3.0))
+    assert torch.allclose(aggregate(trusted, static, voxel=0.2).confidence, torch.tensor(3.0))
     again, _ = separate(whole, clip.cameras, clip.depth, speeds, 0.05)
     assert bool(again[whole.key < 0].all())
 
