@@ -9,7 +9,6 @@ __all__ = ['MODES', 'SPEC', 'MaskSpec', 'key_range', 'attention_mask', 'required
            'attention', 'multi_attention']
 
 # %% ../nbs/kernels/attention.ipynb #8f76d510
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from papers10.kernels.common import (
     check_shape,
     installed,
     interpreting,
+    on_device,
     op_name,
     register,
     resolve_backend,
@@ -553,7 +553,7 @@ def _rows_of_numbers(tensor: Tensor) -> Tensor:
 def _launch(kernel, tiles: int, tensors: tuple, bounds: tuple, qkv: tuple, spec: MaskSpec, q_start, k_start, scale, constants, warps):
     q, k, v = qkv
     strides = [step for tensor in qkv for step in tensor.stride()[:3]]
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         kernel[(tiles,)](
             *tensors, *bounds, *strides, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q_start, k_start, spec.window or 0, scale,
             **constants, num_warps=warps,

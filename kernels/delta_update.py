@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, installed, op_name, register, resolve_backend
+from .common import DTYPE_BYTES, Hardware, KernelSpec, TritonEntry, compute_dtype, installed, on_device, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/delta_update.ipynb #27b8f1c8
 def delta_update_reference(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v: Float[Tensor, "..."],
@@ -49,10 +49,6 @@ def delta_update_reference(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v
     return (out[..., 0] if vector else out).to(x.dtype)
 
 # %% ../nbs/kernels/delta_update.ipynb #d59d9083
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def _rows_at_once(x: Tensor) -> int:
     rows, width = x.shape[0], x.shape[1] * x.shape[2]
     # 2 MiB of float32 state a thread is about a core's second-level cache; fewer groups mean fewer meetings of the
@@ -82,7 +78,7 @@ def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward_torch(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(x, k, v, beta)
+    dtype = compute_dtype(x, k, v, beta)
     out = torch.empty_like(x)
     error, inverse_norm = torch.empty_like(v, dtype=dtype), torch.empty_like(beta, dtype=dtype)
     for group in _in_groups(x, k, v, beta, out, error, inverse_norm):
@@ -259,7 +255,7 @@ def _flat(tensor: Tensor):
 
 
 def _forward_numba(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(x, k, v, beta)
+    dtype = compute_dtype(x, k, v, beta)
     out = torch.empty_like(x)
     error, inverse_norm = torch.empty_like(v, dtype=dtype), torch.empty_like(beta, dtype=dtype)
     loop, _ = _numba_loops(_known_channels(x.shape[2]))
@@ -429,12 +425,6 @@ def _launch_sizes(d: int, n: int) -> tuple[dict, int]:
     return constants, 4 if block_r * block_d * block_n <= 2048 else 8
 
 
-def _device_of(tensor: Tensor):
-    import contextlib
-
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _column_blocks(n: int) -> list[slice]:
     return [slice(start, min(start + _MOST_COLUMNS, n)) for start in range(0, n, _MOST_COLUMNS)]
 
@@ -447,7 +437,7 @@ def _forward_triton(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float) -
     out = torch.empty_like(x)
     error, inverse_norm = torch.empty_like(v, dtype=torch.float32), torch.empty_like(beta, dtype=torch.float32)
     constants, warps = _launch_sizes(d, n)
-    with _device_of(x):
+    with on_device(x):
         _forward_kernel[(triton.cdiv(rows, constants["BLOCK_R"]),)](
             x, k, v, beta, out, error, inverse_norm, rows, eps * eps, **constants, num_warps=warps)
     return out, error, inverse_norm
@@ -465,7 +455,7 @@ def _backward_triton(grad: Tensor, kept: Tensor, k: Tensor, v: Tensor, beta: Ten
                 torch.cat([part[2] for part in parts], 1), sum(part[3] for part in parts).to(beta.dtype))
     results = tuple(torch.empty_like(tensor) for tensor in (kept, k, v, beta))
     constants, warps = _launch_sizes(d, n)
-    with _device_of(kept):
+    with on_device(kept):
         _backward_kernel[(triton.cdiv(rows, constants["BLOCK_R"]),)](
             grad.contiguous(), kept, k, v, beta, error, inverse_norm, *results, rows, KEPT_IS_OUTPUT=kept_is_output,
             **constants, num_warps=warps)
@@ -484,7 +474,7 @@ def _forward_op(x: Tensor, k: Tensor, v: Tensor, beta: Tensor, eps: float, save:
 
 @_forward_op.register_fake
 def _forward_shapes(x, k, v, beta, eps, save, backend):
-    dtype = _compute_dtype(x, k, v, beta)
+    dtype = compute_dtype(x, k, v, beta)
     return torch.empty_like(x), torch.empty_like(v, dtype=dtype), torch.empty_like(beta, dtype=dtype)
 
 
@@ -594,14 +584,11 @@ def delta_update(x: Float[Tensor, "..."], k: Float[Tensor, "... d"], v: Float[Te
     return out.reshape(x.shape)
 
 # %% ../nbs/kernels/delta_update.ipynb #1bb915c8
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
 def delta_update_bytes(case: dict) -> float:
     """Bytes that must move at least for `case` (rows, d, n, dtype, direction "forward" or "backward")."""
     d, n = case["d"], case["n"]
     entries = 2 * d * n + d if case.get("direction", "forward") == "forward" else 3 * d * n + 2 * d
-    return case["rows"] * entries * _BYTES[case.get("dtype", "float32")]
+    return case["rows"] * entries * DTYPE_BYTES[case.get("dtype", "float32")]
 
 
 def _limit(case: dict, hardware: Hardware) -> float:

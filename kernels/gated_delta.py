@@ -17,14 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, op_name, register, resolve_backend
+from .common import DTYPE_BYTES, Hardware, KernelSpec, TritonEntry, check_shape, compute_dtype, installed, on_device, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/gated_delta.ipynb #66abfe57
 _READS = ("post", "causal", "chunk")
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _spans(k: Tensor, cu_seqlens: Tensor | None) -> tuple[list[int], list[int]]:
@@ -53,7 +49,7 @@ def gated_delta_reference(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K
                                                 read=read, chunk_size=chunk_size))
         if pieces:
             return torch.cat([out for out, _ in pieces], 1), torch.cat([state for _, state in pieces])
-    dtype = _compute_dtype(q, k, write, erase, log_decay, chunk_erase, initial_state)
+    dtype = compute_dtype(q, k, write, erase, log_decay, chunk_erase, initial_state)
     wide = lambda tensor: None if tensor is None else tensor.to(dtype).unbind(1)
     queries, keys, writes, erases, decays, chunk_erases = map(wide, (q, k, write, erase, log_decay, chunk_erase))
     sequences = 0 if cu_seqlens is not None else k.shape[0]
@@ -356,7 +352,7 @@ class _Part:
 def _forward_torch(q: Tensor, k: Tensor, write: Tensor, erase: Tensor | None, log_decay: Tensor | None, initial_state: Tensor | None,
                    chunk_erase: Tensor | None, read: str, cut: _Blocks, cu_seqlens: Tensor | None,
                    keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(q, k, write, erase, log_decay, chunk_erase, initial_state)
+    dtype = compute_dtype(q, k, write, erase, log_decay, chunk_erase, initial_state)
     heads, width, value = k.shape[2], k.shape[3], write.shape[3]
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty(write.shape, dtype=write.dtype, device=k.device)
@@ -1043,10 +1039,8 @@ def _warps(kernel) -> int:
 
 
 def _launch(kernel, grid: tuple, tensors: tuple, heads: int, constants: dict, like: Tensor) -> None:
-    import contextlib
-
     names = set(kernel.arg_names)
-    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+    with on_device(like):
         kernel[grid](*(like if tensor is None else tensor for tensor in tensors), heads,
                      **{name: value for name, value in constants.items() if name in names}, num_warps=_warps(kernel))
 
@@ -1126,7 +1120,7 @@ def _forward_op(q: Tensor, k: Tensor, write: Tensor, erase: Tensor | None, log_d
 
 @_forward_op.register_fake
 def _forward_shapes(q, k, write, erase, log_decay, initial_state, chunk_erase, cu_seqlens, read, block, chunk, per_chunk, keep, backend):
-    dtype = _compute_dtype(q, k, write, erase, log_decay, chunk_erase, initial_state)
+    dtype = compute_dtype(q, k, write, erase, log_decay, chunk_erase, initial_state)
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = k.new_empty(sequences, k.shape[2], write.shape[3], k.shape[3], dtype=dtype)
     kept = _kept_tensors(k, write.shape[3], _Blocks(block, chunk, per_chunk), cu_seqlens, erase is not None or chunk_erase is not None, dtype, keep)
@@ -1263,7 +1257,7 @@ def gated_delta(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], write:
     """
     _check_inputs(q, k, write, erase, log_decay, initial_state, chunk_erase, read, chunk_size, cu_seqlens)
     tensors = (q, k, write, erase, log_decay, initial_state, chunk_erase)
-    wide, large = _compute_dtype(*tensors) == torch.float64, k.shape[3] > _MOST_WIDTH
+    wide, large = compute_dtype(*tensors) == torch.float64, k.shape[3] > _MOST_WIDTH
     chosen = resolve_backend(backend, k, _OFFERED, kernel="gated_delta", auto_skips=("triton",) if wide or large else ())
     if chosen == "triton" and wide:
         raise TypeError("backend: expected float32, bfloat16 or float16 for 'triton', got float64; use backend='torch'")
@@ -1289,7 +1283,7 @@ def gated_delta(q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], write:
 def _nothing(tensors: tuple, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result for no token at all, still a function of its inputs."""
     q, k, write, erase, log_decay, initial_state, chunk_erase = tensors
-    dtype = _compute_dtype(*tensors)
+    dtype = compute_dtype(*tensors)
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = k.new_zeros(sequences, k.shape[2], write.shape[3], k.shape[3], dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
     silent = sum(tensor.sum() for tensor in (q, k, erase, log_decay, chunk_erase) if tensor is not None)
@@ -1481,7 +1475,7 @@ def self_modifying_scan(z: Float[Tensor, "B T H K"], q: Float[Tensor, "B T H K"]
     expected = {"k", "v", "eta", *(("q",) if q is None else ())}
     if not expected <= set(projections) or not set(projections) <= expected | {"alpha"}:
         raise ValueError(f"projections: expected {', '.join(sorted(expected))} and optionally alpha, got {', '.join(sorted(projections))}")
-    dtype = _compute_dtype(z, q, *memories.values())
+    dtype = compute_dtype(z, q, *memories.values())
     whole, sizes = [], {}
     for name in (*(name for name in ("k", "v", "q", "eta", "alpha") if name in memories), "memory"):
         tensor = memories[name]
@@ -1528,7 +1522,6 @@ def self_modifying_scan(z: Float[Tensor, "B T H K"], q: Float[Tensor, "B T H K"]
     return out.transpose(1, 2).to(z.dtype), state
 
 # %% ../nbs/kernels/gated_delta.ipynb #5e5f675c
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LIMIT_BLOCK = 32
 
 
@@ -1544,7 +1537,7 @@ def gated_delta_bytes(case: dict) -> float:
     width, value = case["K"], case["V"]
     forward = 2 * width + 2 * value + 2
     entries = forward if case.get("direction", "forward") == "forward" else 2 * forward + 2 * width * value / _LIMIT_BLOCK
-    return case["B"] * case["T"] * case["H"] * entries * _BYTES[case.get("dtype", "float32")]
+    return case["B"] * case["T"] * case["H"] * entries * DTYPE_BYTES[case.get("dtype", "float32")]
 
 
 def _limit(case: dict, hardware: Hardware) -> float:
@@ -1587,7 +1580,7 @@ def _plain_blocks(q, k, write, erase, log_decay, initial_state, *, chunk_erase=N
     _only_gated(chunk_erase, read)
     if k.shape[1] % chunk_size:
         raise CaseNotSupported("takes whole chunks only")
-    dtype = _compute_dtype(q, k, write, initial_state)
+    dtype = compute_dtype(q, k, write, initial_state)
     cut = lambda tensor: tensor.to(dtype).unflatten(1, (-1, chunk_size)).transpose(2, 3)
     query, key, right, factor, decay = map(cut, (q, k, write, erase[..., None], log_decay[..., None]))
     sums = decay.cumsum(3)

@@ -8,7 +8,6 @@ Docs: https://papers10.github.io/papers10/kernels/gaussian_transition.html.md"""
 __all__ = ['SPEC', 'gaussian_transition_reference', 'gaussian_transition', 'gaussian_transition_bytes']
 
 # %% ../nbs/kernels/gaussian_transition.ipynb #0685eb8a
-import contextlib
 import functools
 import math
 
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, interpreting, op_name, register, resolve_backend
+from .common import DTYPE_BYTES, Hardware, KernelSpec, TritonEntry, check_shape, compute_dtype, installed, interpreting, on_device, op_name, register, resolve_backend
 
 _TINY = 1e-6
 
@@ -58,10 +57,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
                         a0 * b2 - a1 * b3 + a2 * b0 + a3 * b1, a0 * b3 + a1 * b2 - a2 * b1 + a3 * b0], -1)
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def _conjugate(q: Tensor) -> Tensor:
     return torch.cat([q[..., :1], -q[..., 1:]], -1)
 
@@ -75,7 +70,7 @@ def _decay(life: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_torch(means, quats, opacities, velocity, angular, life, fraction, gamma):
-    dtype = _compute_dtype(means, quats, opacities, velocity, angular, life, fraction)
+    dtype = compute_dtype(means, quats, opacities, velocity, angular, life, fraction)
     mu, r, alpha, v, omega, tau, d = (tensor.to(dtype) for tensor in (means, quats, opacities, velocity, angular, life, fraction))
     turn = d[:, None] * omega
     cosine, sine, _ = _turn(turn, dtype == torch.float64)
@@ -86,7 +81,7 @@ def _forward_torch(means, quats, opacities, velocity, angular, life, fraction, g
 
 def _backward_torch(grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction, gamma):
     kinds = [tensor.dtype for tensor in (grad_means, quats, opacities, velocity, angular, life, fraction)]
-    dtype = _compute_dtype(grad_means, quats, opacities, velocity, angular, life, fraction)
+    dtype = compute_dtype(grad_means, quats, opacities, velocity, angular, life, fraction)
     g_mu, g_r, g_alpha, r, alpha, v, omega, tau, d = (tensor.to(dtype) for tensor in (grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction))
     step = d[:, None]
     turn = step * omega
@@ -187,7 +182,7 @@ def _arrays(dtype, *tensors):
 
 
 def _forward_numba(means, quats, opacities, velocity, angular, life, fraction, gamma):
-    dtype = _compute_dtype(means, quats, opacities, velocity, angular, life, fraction)
+    dtype = compute_dtype(means, quats, opacities, velocity, angular, life, fraction)
     out = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in (means, quats, opacities))
     _numba_loops()[0](*_arrays(dtype, means, quats, opacities, velocity, angular, life, fraction), gamma, *(value.numpy() for value in out))
     return tuple(value.to(tensor.dtype) for value, tensor in zip(out, (means, quats, opacities)))
@@ -195,7 +190,7 @@ def _forward_numba(means, quats, opacities, velocity, angular, life, fraction, g
 
 def _backward_numba(grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction, gamma):
     kinds = (quats, opacities, velocity, angular, life, fraction)
-    dtype = _compute_dtype(grad_means, *kinds)
+    dtype = compute_dtype(grad_means, *kinds)
     out = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in kinds)
     _numba_loops()[1](*_arrays(dtype, grad_means, grad_quats, grad_opacities, *kinds), gamma, 1e-2 if dtype == torch.float64 else 0.5, *(value.numpy() for value in out))
     return (grad_means, *(value.to(tensor.dtype) for value, tensor in zip(out, kinds)))
@@ -319,20 +314,16 @@ if installed("triton"):
 _BLOCK = 256
 
 
-def _device_of(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _forward_triton(means, quats, opacities, velocity, angular, life, fraction, gamma):
     out = tuple(torch.empty_like(tensor) for tensor in (means, quats, opacities))
-    with _device_of(means):
+    with on_device(means):
         _forward_kernel[(triton.cdiv(means.shape[0], _BLOCK),)](means, quats, opacities, velocity, angular, life, fraction, *out, means.shape[0], gamma, BLOCK=_BLOCK, FAST=not interpreting())
     return out
 
 
 def _backward_triton(grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction, gamma):
     out = tuple(torch.empty_like(tensor) for tensor in (quats, opacities, velocity, angular, life, fraction))
-    with _device_of(quats):
+    with on_device(quats):
         _backward_kernel[(triton.cdiv(quats.shape[0], _BLOCK),)](grad_means, grad_quats, grad_opacities, quats, opacities, velocity, angular, life, fraction, *out,
                                                                   quats.shape[0], gamma, BLOCK=_BLOCK, FAST=not interpreting())
     return (grad_means.clone(), *out)
@@ -425,13 +416,10 @@ def gaussian_transition(means: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"]
     return _forward_op(*(tensor.contiguous() for tensor in tensors.values()), float(gamma), chosen)
 
 # %% ../nbs/kernels/gaussian_transition.ipynb #51d2a95f
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
 def gaussian_transition_bytes(case: dict) -> float:
     """Bytes that must move at least for `case` (rows, dtype, direction): 18 numbers in and 8 out forward, 22 in and 18 out backward."""
     numbers = 18 + 8 if case.get("direction", "forward") == "forward" else 22 + 18
-    return case["rows"] * numbers * _BYTES[case.get("dtype", "float32")]
+    return case["rows"] * numbers * DTYPE_BYTES[case.get("dtype", "float32")]
 
 
 def _limit(case: dict, hardware: Hardware) -> float:

@@ -8,7 +8,6 @@ Docs: https://papers10.github.io/papers10/kernels/motion_peak.html.md"""
 __all__ = ['SPEC', 'motion_peak_reference', 'motion_peak', 'motion_peak_bytes']
 
 # %% ../nbs/kernels/motion_peak.ipynb #fa22f23a
-import contextlib
 import functools
 import math
 
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, register, resolve_backend
+from .common import Hardware, KernelSpec, TritonEntry, check_shape, installed, on_device, register, resolve_backend
 
 # %% ../nbs/kernels/motion_peak.ipynb #0f3fe628
 def _project(means: Tensor, view: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +134,7 @@ _BLOCK = 256
 def _peak_triton(means, key, viewmats, Ks, depths, speeds, absolute, relative):
     table = torch.stack([depths, speeds], -1).contiguous()
     out = torch.empty_like(means[:, 0])
-    with torch.cuda.device(means.device) if means.is_cuda else contextlib.nullcontext():
+    with on_device(means):
         _peak_kernel[(triton.cdiv(len(means), _BLOCK),)](means, key, viewmats, Ks, table, out, len(means), len(viewmats), depths.shape[2], depths.shape[1], absolute, relative, BLOCK=_BLOCK)
     return out
 

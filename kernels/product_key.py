@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import Hardware, KernelSpec, TritonEntry, installed, interpreting, op_name, register, resolve_backend
+from .common import DTYPE_BYTES, Hardware, KernelSpec, TritonEntry, installed, interpreting, on_device, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/product_key.ipynb #d66f9705
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -368,12 +368,6 @@ def _pair_sizes(topk: int) -> dict:
     return {"TOPK": topk, "BLOCK_K": block, "BLOCK_T": max(1, 1024 // block**2)}
 
 
-def _device_of(tensor: Tensor):
-    import contextlib
-
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _topk_triton(q: Tensor, keys: Tensor, topk: int, score: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, _, width = q.shape
     n = keys.shape[-2]
@@ -389,7 +383,7 @@ def _topk_triton(q: Tensor, keys: Tensor, topk: int, score: str, eps: float) -> 
     slots = torch.empty_like(scores, dtype=torch.int64)
     constants, warps = _score_sizes(n, width, topk)
     pairs = _pair_sizes(topk)
-    with _device_of(q):
+    with on_device(q):
         _scores_kernel[(triton.cdiv(tokens, constants["BLOCK_T"]), batch * heads * 2)](
             q, keys, side, best, index, tokens, 2 * heads, n, eps, **constants, IDW=score == "idw", num_warps=warps)
         rows = batch * tokens * heads
@@ -400,7 +394,7 @@ def _topk_triton(q: Tensor, keys: Tensor, topk: int, score: str, eps: float) -> 
 def _spread_triton(grad_scores: Tensor, grad_side: Tensor, slots: Tensor, side: Tensor, score: str) -> Tensor:
     batch, heads, _, tokens, n = side.shape
     out = torch.empty_like(side)
-    with _device_of(side):
+    with on_device(side):
         _spread_kernel[(tokens, batch * heads * 2)](
             grad_scores.contiguous(), grad_side.contiguous(), slots, side, out, tokens, heads, n, TOPK=slots.shape[-1], BLOCK_N=_block(n, 512),
             IDW=score == "idw", num_warps=4)
@@ -410,7 +404,7 @@ def _spread_triton(grad_scores: Tensor, grad_side: Tensor, slots: Tensor, side: 
 def _gather_triton(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     (tokens, entries), (rows, width) = slots.shape, table.shape
     out, block = torch.empty(tokens, width, dtype=torch.float32, device=table.device), _block(width, 512)
-    with _device_of(table):
+    with on_device(table):
         _gather_kernel[(tokens, triton.cdiv(width, block))](table, slots, weights, out, rows, width, ENTRIES=entries, BLOCK_D=block, num_warps=4)
     return out
 
@@ -418,7 +412,7 @@ def _gather_triton(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def _dots_triton(table: Tensor, slots: Tensor, vectors: Tensor) -> Tensor:
     (tokens, entries), (rows, width) = slots.shape, table.shape
     out = torch.empty(tokens, entries, dtype=torch.float32, device=table.device)
-    with _device_of(table):
+    with on_device(table):
         _dots_kernel[(tokens, entries)](table, slots, vectors, out, rows, width, ENTRIES=entries, BLOCK_D=_block(width, 512), num_warps=4)
     return out
 
@@ -427,7 +421,7 @@ def _scatter_triton(table: Tensor, slots: Tensor, weights: Tensor, vectors: Tens
     (_, entries), (rows, width) = slots.shape, table.shape
     in_order, order = slots.reshape(-1).sort(stable=True)
     last, block = torch.searchsorted(in_order, in_order, right=True), _block(width, 512)
-    with _device_of(table):
+    with on_device(table):
         _scatter_kernel[(in_order.numel(), triton.cdiv(width, block))](
             table, in_order, order, last, weights, vectors, scale, rows, width, ENTRIES=entries, BLOCK_D=block, num_warps=4)
 
@@ -1008,12 +1002,9 @@ def slot_scan(values: Float[Tensor, "..."], slots: Int[Tensor, "... T R"], weigh
     return _Scan.apply(values.contiguous(), _flat_slots(values, slots), weights, target, gate, counts, chunk_size, float(scale), inplace, chosen)
 
 # %% ../nbs/kernels/product_key.ipynb #a4b4387b
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
 def product_key_bytes(case: dict) -> float:
     """Bytes that must move at least for `case` (op, sizes, dtype, direction "forward" or "backward"), for the functional form of each op."""
-    size, forward = _BYTES[case.get("dtype", "float32")], case.get("direction", "forward") == "forward"
+    size, forward = DTYPE_BYTES[case.get("dtype", "float32")], case.get("direction", "forward") == "forward"
     if case["op"] == "product_key_topk":
         tokens, books = max(1, case["B"]) * case["T"] * case["H"], max(1, case["B"]) * case["H"]
         operands = (tokens + books * case["n"]) * 2 * case["c"] * size

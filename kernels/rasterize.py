@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import BackendUnavailable, Hardware, KernelSpec, TritonEntry, installed, interpreting, op_name, register, resolve_backend
+from .common import BackendUnavailable, Hardware, KernelSpec, TritonEntry, installed, interpreting, on_device, op_name, register, resolve_backend
 
 # %% ../nbs/kernels/rasterize.ipynb #ecdf0bdc
 def _dense_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, depths: Tensor, waves: Tensor | None, weights: Tensor | None,
@@ -825,12 +825,6 @@ def _kernel_sizes(channels: int, count: int, shifted: bool, tile: int) -> tuple[
     return constants, max(1, min(8, tile * tile // (32 * a_thread)))
 
 
-def _device_of(tensor: Tensor):
-    import contextlib
-
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _packed_table(tensors) -> Tensor:
     """Rows for the kernels: u, v | -xx/2, -xy, -yy/2 in powers of two | opacity | bias | colours | waves in turns | weights / F | phases in turns."""
     means, conics, opacities, colors, waves, weights, bias, phases = tensors[:8]
@@ -848,7 +842,7 @@ def _forward_triton(tensors, backgrounds, settings):
     constants, warps = _kernel_sizes(channels, waves.shape[1], phases.shape[1] > 0, tile)
     columns, lines = -(-width // tile), -(-height // tile)
     if images:
-        with _device_of(colors):
+        with on_device(colors):
             _forward_kernel[(images * columns * lines, triton.cdiv(channels, constants["BLOCK_C"]))](
                 _packed_table(tensors), pairs, offsets, backgrounds.contiguous(), render, end, last, width, height, columns, lines,
                 alpha_min, alpha_max, t_min, **constants, STEP=16, num_warps=warps)
@@ -861,7 +855,7 @@ def _pair_rows_triton(pairs: Tensor, rows: Tensor, primitives: int) -> Tensor:
     in_order, order = pairs.sort(stable=True)
     bounds = torch.searchsorted(in_order, torch.arange(primitives + 1, dtype=torch.int32, device=rows.device))
     if primitives:
-        with _device_of(rows):
+        with on_device(rows):
             _gather_rows_kernel[(primitives,)](rows, order, bounds, out, G=rows.shape[1], BLOCK_G=_power_of_two(rows.shape[1], 2**20), BLOCK_M=8, num_warps=4)
     return out
 
@@ -892,7 +886,7 @@ def _backward_triton(tensors, backgrounds, settings, end, last, grad, grad_end, 
     constants, warps = _kernel_sizes(channels, count, phases.shape[1] > 0, tile)
     columns, lines = -(-width // tile), -(-height // tile)
     if backgrounds.shape[0]:
-        with _device_of(colors):
+        with on_device(colors):
             _backward_kernel[(backgrounds.shape[0] * columns * lines,)](
                 _packed_table(tensors), pairs, offsets, end, last, grad.movedim(3, 1).contiguous(), behind.contiguous(), rows, width, height, columns, lines,
                 alpha_min, alpha_max, **constants, G=size, ABSOLUTE=absolute, ATOMIC=not deterministic, num_warps=warps)
