@@ -8,15 +8,13 @@ Docs: https://papers10.github.io/papers10/05_adagar/command_line.html.md"""
 __all__ = ['ACTIONS', 'program', 'Video', 'Out', 'Frames', 'Size', 'Steps', 'Primitives', 'Scene', 'Rate', 'Height', 'Device',
            'Seed', 'interpolate_command', 'depth_command', 'stereo_command', 'edit_command', 'view_command', 'main']
 
-# %% ../../nbs/05_adagar/11_command_line.ipynb #ddac4a01
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+# %% ../../nbs/05_adagar/11_command_line.ipynb #6692ec42
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
+
+from ..core.apps import check_out, pick_device, refused, say
 
 ACTIONS = {
     "interpolate": "Slow motion: frames between those of the clip.",
@@ -29,7 +27,7 @@ ACTIONS = {
 program = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                       help="Films from a clip rebuilt with moving Gabor primitives.")
 
-# %% ../../nbs/05_adagar/11_command_line.ipynb #f98802eb
+# %% ../../nbs/05_adagar/11_command_line.ipynb #84bf5702
 Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A video file, a GIF, a folder of pictures, or a data name such as clip/bikes.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Film to write, .mp4 or .gif.")]
 Frames = Annotated[int, typer.Option(min=2, help="Frames of the clip that are used, at most.")]
@@ -50,54 +48,13 @@ class _Clip(NamedTuple):
     fps: float
 
 
-@contextmanager
-def _refused() -> Iterator[None]:
-    """What a user got wrong becomes a ConfigError: one line and exit code 2."""
-    from papers10.core.config import ConfigError
-
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(str(error)) from None
-
-
-def _check_out(out: Path) -> None:
-    from papers10.core.checks import check_choice
-
-    check_choice("--out", out.suffix.lower(), [".mp4", ".gif"])
-    if not out.expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out: expected a folder that is there, got {out.parent}")
-    if out.suffix.lower() == ".mp4":
-        from papers10.core.optional import need
-
-        need("av", "data", "writing .mp4 files")
-
-
-def _device(name: str):
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        from papers10.kernels.common import BackendUnavailable
-
-        raise BackendUnavailable(f"--device: {name} was asked for; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
-    return torch.device(name)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _clip(video: str, out: Path, frames: int, size: int, steps: int, primitives: int, seed: int, device: str, scene: Path | None) -> _Clip:
     """The trained clip: read from `scene` when it is there, else trained."""
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         if scene is not None and scene.suffix != ".safetensors":
             raise ValueError(f"--scene: expected a file that ends in .safetensors, got {scene.name}")
-        chosen = _device(device)
+        chosen = pick_device(device)
         from papers10.adagar.initialisation import VideoScene, initialise
         from papers10.adagar.scene import GaborSplats
         from papers10.adagar.training import AdaGaRConfig, AdaGaRTrainer
@@ -112,21 +69,21 @@ def _clip(video: str, out: Path, frames: int, size: int, steps: int, primitives:
                 raise ValueError(f"--scene: {scene} is a scene of {facts['video']}; give that video or another file")
             model = GaborSplats(len(tensors["means"]), **facts["options"])
             model.load_state_dict(tensors)
-            _say(f"scene of {len(model)} primitives from {scene}")
+            say(f"scene of {len(model)} primitives from {scene}")
             return _Clip(model.to(chosen), facts["width"], facts["height"], facts["fps"])
         known = VideoScene.from_video(video, max_frames=frames, size=size)
     fps = float(known.fps or 24.0)
     start = initialise(known, n=primitives, seed=seed).to(chosen)
-    known = known if chosen.type == "cpu" else known.to(chosen)
+    known = known if chosen == "cpu" else known.to(chosen)
     config = AdaGaRConfig(steps=steps, lambda_mask=1.0 if known.masks is not None else 0.0, seed=seed)
-    _say(f"training: {len(known)} frames of {known.size[0]} x {known.size[1]} pixels, {len(start)} primitives, {steps} steps on {chosen}")
+    say(f"training: {len(known)} frames of {known.size[0]} x {known.size[1]} pixels, {len(start)} primitives, {steps} steps on {chosen}")
     every = max(1, steps // 5)
-    result = AdaGaRTrainer(known, config, start).fit(hooks=[lambda state: _say(f"step {state.step} of {steps}") if state.step % every == 0 else None])
-    _say(f"{result.mean('psnr', 'train'):.1f} dB on the clip's frames after {result.seconds:.0f} s")
+    result = AdaGaRTrainer(known, config, start).fit(hooks=[lambda state: say(f"step {state.step} of {steps}") if state.step % every == 0 else None])
+    say(f"{result.mean('psnr', 'train'):.1f} dB on the clip's frames after {result.seconds:.0f} s")
     if scene is not None:
         facts = {"video": video, "options": result.model.options, "width": known.size[0], "height": known.size[1], "fps": fps}
         save_scene(scene, dict(result.model.state_dict()), {"adagar": facts})
-        _say(f"scene kept in {scene}")
+        say(f"scene kept in {scene}")
     return _Clip(result.model, *known.size, fps)
 
 
@@ -138,11 +95,11 @@ def _size_of(clip: _Clip, height: int | None) -> tuple[int, int]:
 def _write(out: Path, film: Any, fps: float) -> None:
     from papers10.core.media import write_video
 
-    with _refused():
+    with refused():
         written = write_video(out, film.cpu(), min(fps, 50.0) if out.suffix.lower() == ".gif" else fps, odd="pad")
     print(f"{written}: {len(film)} frames of {film.shape[2]} x {film.shape[1]} pixels, {fps:g} a second")
 
-# %% ../../nbs/05_adagar/11_command_line.ipynb #8eb13e76
+# %% ../../nbs/05_adagar/11_command_line.ipynb #173a5dbc
 @program.command("interpolate", help=ACTIONS["interpolate"])
 def interpolate_command(video: Video, out: Out, factor: Annotated[int, typer.Option(min=1, help="Frames for each of the clip's; 4 puts three between every two.")] = 4, backwards: Annotated[bool, typer.Option("--backwards", help="From the last frame to the first.")] = False,
                         frames: Frames = 24, size: Size = 96, steps: Steps = 400, primitives: Primitives = 1500, height: Height = None, fps: Rate = None, scene: Scene = None, device: Device = "auto",
@@ -156,7 +113,7 @@ def interpolate_command(video: Video, out: Out, factor: Annotated[int, typer.Opt
 @program.command("depth", help=ACTIONS["depth"])
 def depth_command(video: Video, out: Out, cmap: Annotated[str, typer.Option(help="A colour map of matplotlib.")] = "viridis_r", frames: Frames = 24, size: Size = 96, steps: Steps = 400,
                   primitives: Primitives = 1500, height: Height = None, fps: Rate = None, scene: Scene = None, device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
+    with refused():
         import matplotlib
 
         from papers10.core.checks import check_choice
@@ -174,7 +131,7 @@ def stereo_command(video: Video, out: Out, baseline: Annotated[float, typer.Opti
                    method: Annotated[str, typer.Option(help="shear or rotate.")] = "shear", show: Annotated[str, typer.Option(help="anaglyph, side-by-side or crossed.")] = "anaglyph",
                    kind: Annotated[str, typer.Option(help="Of anaglyph: true, mono, colour, half_colour or optimised.")] = "optimised", frames: Frames = 24, size: Size = 96, steps: Steps = 400,
                    primitives: Primitives = 1500, height: Height = None, fps: Rate = None, scene: Scene = None, device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
+    with refused():
         from papers10.core.checks import check_choice
 
         check_choice("--method", method, ["shear", "rotate"])
@@ -208,7 +165,7 @@ def edit_command(video: Video, op: Annotated[str, typer.Argument(metavar="OP", h
                  shift: Annotated[Optional[float], typer.Option(help="retime: delay as a share of the clip.")] = None,
                  outside: Annotated[Optional[str], typer.Option(help="retime: clamp, loop or error.")] = None, frames: Frames = 24, size: Size = 96, steps: Steps = 400, primitives: Primitives = 1500,
                  height: Height = None, fps: Rate = None, scene: Scene = None, device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
+    with refused():
         from papers10.core.checks import check_choice
 
         needed = {"delete": [], "duplicate": ["offset"], "translate": ["offset"], "scale": ["factor"], "rotate": ["degrees"], "retime": ["shift"], "fade": ["factor"]}
@@ -228,9 +185,9 @@ def edit_command(video: Video, op: Annotated[str, typer.Argument(metavar="OP", h
     clip = _clip(video, out, frames, size, steps, primitives, seed, device, scene)
     from papers10.adagar.apps import edit_objects, interpolate
 
-    with _refused():
+    with refused():
         edited = edit_objects(clip.model, op, "mask" if corners is None else corners, time=moment, width=clip.width, height=clip.height, **given)
-    _say(f"{op}: {int(edited.selected.sum())} of {len(clip.model)} primitives")
+    say(f"{op}: {int(edited.selected.sum())} of {len(clip.model)} primitives")
     _write(out, interpolate(edited, *_size_of(clip, height)), fps or clip.fps)
 
 

@@ -10,15 +10,13 @@ __all__ = ['ACTIONS', 'program', 'Video', 'Out', 'Frames', 'Size', 'Keyframes', 
            'infer_command', 'bullet_time_command', 'slow_motion_command', 'stabilize_command', 'background_command',
            'edit_command', 'super_resolution_command', 'trajectory_command', 'main']
 
-# %% ../../nbs/02_neoverse/19_command_line.ipynb #f1d7ea2b
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+# %% ../../nbs/02_neoverse/19_command_line.ipynb #e9ab37e2
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+
+from ..core.apps import check_out, pick_device, refused, say
 
 ACTIONS = {
     "infer": "The clip from a camera on another path.",
@@ -34,7 +32,7 @@ ACTIONS = {
 program = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                       help="Films from a clip that was rebuilt as moving Gaussians.")
 
-# %% ../../nbs/02_neoverse/19_command_line.ipynb #f51423a3
+# %% ../../nbs/02_neoverse/19_command_line.ipynb #d2ec9d43
 Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A video file, a GIF, a folder of pictures, or a data name such as clip/bigbuckbunny.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Film to write, .mp4 or .gif.")]
 Frames = Annotated[int, typer.Option(min=1, help="Frames of the clip that are used, evenly spaced.")]
@@ -56,52 +54,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the generator.")]
 
 
-@contextmanager
-def _refused() -> Iterator[None]:
-    """What a user got wrong becomes a ConfigError: one line and exit code 2."""
-    from papers10.core.config import ConfigError
-
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(str(error)) from None
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _check_out(out: Path) -> None:
-    from papers10.core.checks import check_choice
-
-    check_choice("--out", out.suffix.lower(), [".mp4", ".gif"])
-    if not out.expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out: expected a folder that is there, got {out.parent}")
-    if out.suffix.lower() == ".mp4":
-        from papers10.core.optional import need
-
-        need("av", "data", "writing .mp4 files")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        from papers10.kernels.common import BackendUnavailable
-
-        raise BackendUnavailable(f"--device: {name} was asked for; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
-    return name
-
-
 def _pipeline(reconstructor: str, generator: str, device: str, lora: Path | None = None, low_memory: str = "none") -> Any:
     """The pipeline that the options name."""
     from papers10.neoverse import pipeline
 
-    device = _device(device)
+    device = pick_device(device)
     for option, name in (("--reconstructor", reconstructor), ("--generator", generator)):
         if name not in ("depth", "tiny", "none") and not Path(name).expanduser().exists():
             raise FileNotFoundError(f"{option}: expected {'depth, tiny' if option == '--reconstructor' else 'none, tiny'} or a path that is there, got {name}")
@@ -132,13 +89,13 @@ def _rebuilder(name: str, device: str) -> Any:
 
 
 def _write(out: Path, film: Any, keep: Path | None = None) -> None:
-    with _refused():
+    with refused():
         if out.suffix.lower() == ".gif" and film.fps > 50:
             raise ValueError(f"--fps: expected at most 50 for .gif, got {film.fps:g}")
         written = film.save(out)
         if keep is not None:
             files = film.save_intermediates(keep)
-            _say(f"{len(files)} files and folders in {keep}")
+            say(f"{len(files)} files and folders in {keep}")
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in film.seconds.items())
     print(f"{written}: {len(film.frames)} frames of {film.frames.shape[2]} x {film.frames.shape[1]} pixels; {100 * float((film.alpha > 0.5).float().mean()):.0f} % was seen; {spent}")
 
@@ -155,7 +112,7 @@ def _trajectory(name: str, frames: int, unit: str, zoom: float, values: dict[str
         return read if zoom == 1 else read.zoomed(zoom)
     return CameraTrajectory.from_predefined(name, frames, zoom_ratio=zoom, distance_unit=unit, interpolation="operations", **given)
 
-# %% ../../nbs/02_neoverse/19_command_line.ipynb #0f6d47aa
+# %% ../../nbs/02_neoverse/19_command_line.ipynb #c973fd37
 @program.command("infer", help=ACTIONS["infer"])
 def infer_command(video: Video, out: Out, trajectory: Annotated[str, typer.Option(metavar="NAME|FILE", help="An operation such as orbit_left, push_in, tilt_up, or a .json or .npz file.")] = "orbit_right",
                   angle: Annotated[Optional[float], typer.Option(help="Degrees of the operation.")] = None, distance: Annotated[Optional[float], typer.Option(help="Of the operation.")] = None,
@@ -163,8 +120,8 @@ def infer_command(video: Video, out: Out, trajectory: Annotated[str, typer.Optio
                   unit: Unit = "median_depth", first_frame: Annotated[bool, typer.Option("--first-frame", help="Give the generator the true first frame.")] = False, frames: Frames = 24, size: Size = 96,
                   keyframes: Keyframes = None, reconstructor: Reconstructor = "depth", generator: Generator = "none", lora: Lora = None, low_memory: LowMemory = "none", prompt: Prompt = None,
                   steps: Steps = 4, guidance: Guidance = 1.0, alpha_threshold: Threshold = 1.0, static: Static = False, fps: Rate = 16.0, keep: Keep = None, device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         path = _trajectory(trajectory, frames, unit, zoom, {"angle": angle, "distance": distance, "orbit_radius": orbit_radius})
         pipeline = _pipeline(reconstructor, generator, device, lora, low_memory)
         film = pipeline(video, path, prompt, num_frames=frames, size=size, num_keyframes=keyframes, alpha_threshold=alpha_threshold, use_first_frame=first_frame or None, static=static, steps=steps,
@@ -178,8 +135,8 @@ def bullet_time_command(video: Video, out: Out, at: Annotated[float, typer.Optio
                         distance: Annotated[Optional[float], typer.Option(help="Of the operation.")] = None, unit: Unit = "median_depth",
                         film_frames: Annotated[int, typer.Option(min=2, help="Frames of the film.")] = 24, frames: Frames = 24, size: Size = 96, keyframes: Keyframes = None,
                         reconstructor: Reconstructor = "depth", generator: Generator = "none", alpha_threshold: Threshold = 1.0, fps: Rate = 16.0, keep: Keep = None, device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         pipeline = _pipeline(reconstructor, generator, device)
         from papers10.neoverse.apps import bullet_time
 
@@ -193,8 +150,8 @@ def bullet_time_command(video: Video, out: Out, at: Annotated[float, typer.Optio
 def slow_motion_command(video: Video, out: Out, factor: Annotated[int, typer.Option(min=1, help="Frames of the film for each of the clip.")] = 4, frames: Frames = 24, size: Size = 96,
                         keyframes: Keyframes = None, reconstructor: Reconstructor = "depth", generator: Generator = "none", alpha_threshold: Threshold = 1.0, fps: Rate = 16.0, keep: Keep = None,
                         device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         pipeline = _pipeline(reconstructor, generator, device)
         from papers10.neoverse.apps import slow_motion
 
@@ -208,20 +165,20 @@ def stabilize_command(video: Video, out: Out, method: Annotated[str, typer.Optio
                       sigma: Annotated[float, typer.Option(min=0, help="Of the Gaussian in frames.")] = 1.0, max_zoom: Annotated[Optional[float], typer.Option(min=1, help="Bound on the crop.")] = None,
                       frames: Frames = 24, size: Size = 96, reconstructor: Reconstructor = "depth", generator: Generator = "none", alpha_threshold: Threshold = 1.0, fps: Rate = 16.0, keep: Keep = None,
                       device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         pipeline = _pipeline(reconstructor, generator, device)
         from papers10.neoverse.apps import stabilize_video
 
         made = stabilize_video(pipeline, video, num_keyframes=num_keyframes, sigma=sigma, method=method, max_zoom=max_zoom, num_frames=frames, size=size, alpha_threshold=alpha_threshold, fps=fps, seed=seed)
-    _say(f"shake: rotation {made.before.rotation:.3g} -> {made.after.rotation:.3g} degrees a frame², position {made.before.position:.3g} -> {made.after.position:.3g} units a frame²")
+    say(f"shake: rotation {made.before.rotation:.3g} -> {made.after.rotation:.3g} degrees a frame², position {made.before.position:.3g} -> {made.after.position:.3g} units a frame²")
     _write(out, made.output, keep)
 
 
 @program.command("background", help=ACTIONS["background"])
 def background_command(video: Video, out: Out, frames: Frames = 24, size: Size = 96, keyframes: Keyframes = None, reconstructor: Reconstructor = "depth", fps: Rate = 16.0, device: Device = "auto") -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         from papers10.core.media import write_video
         from papers10.neoverse.apps import background_video
         from papers10.neoverse.pipeline import fill_holes
@@ -238,8 +195,8 @@ def background_command(video: Video, out: Out, frames: Frames = 24, size: Size =
 def edit_command(video: Video, mask: Annotated[str, typer.Argument(metavar="MASK", help="A video or folder of the same frames, white where the clip shall change.")], out: Out, prompt: Prompt = None,
                  frames: Frames = 24, size: Size = 96, reconstructor: Reconstructor = "depth", generator: Generator = "none", lora: Lora = None, low_memory: LowMemory = "none", steps: Steps = 4,
                  guidance: Guidance = 1.0, fps: Rate = 16.0, device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         from papers10.core.media import write_video
         from papers10.neoverse.apps import edit_video
 
@@ -254,8 +211,8 @@ def edit_command(video: Video, mask: Annotated[str, typer.Argument(metavar="MASK
 def super_resolution_command(video: Video, out: Out, scale: Annotated[float, typer.Option(min=1, help="Factor on both sides.")] = 2.0, frames: Frames = 24, size: Size = 96, keyframes: Keyframes = None,
                              reconstructor: Reconstructor = "depth", generator: Generator = "none", prompt: Prompt = None, alpha_threshold: Threshold = 1.0, fps: Rate = 16.0, keep: Keep = None,
                              device: Device = "auto", seed: Seed = 0) -> None:
-    with _refused():
-        _check_out(out)
+    with refused():
+        check_out(out)
         pipeline = _pipeline(reconstructor, generator, device)
         from papers10.neoverse.apps import super_resolve
 
@@ -267,7 +224,7 @@ def super_resolution_command(video: Video, out: Out, scale: Annotated[float, typ
 def trajectory_command(file: Annotated[str, typer.Argument(metavar="FILE", help="A .json or .npz trajectory, or nerfstudio's camera_path.json.")],
                        out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write all matrices, .json or .npz.")] = None,
                        legacy_defaults: Annotated[bool, typer.Option("--legacy-defaults", help="Numbers that are left out are those of the official code.")] = False) -> None:
-    with _refused():
+    with refused():
         import json
 
         from papers10.core.checks import check_choice
