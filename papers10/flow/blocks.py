@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/shared/flow/blocks.html.md"""
 __all__ = ['ROPES', 'CROSS', 'MODULATIONS', 'sinusoid', 'TimestepEmbedding', 'rope_axes', 'grid_positions', 'HeadNorm',
            'Attention', 'Modulation', 'DiTBlock', 'FinalLayer']
 
-# %% ../../nbs/shared/flow/blocks.ipynb #7e972184
+# %% ../../nbs/shared/flow/blocks.ipynb #71e2a7d5
 import math
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_choice, check_range
 from ..kernels.attention import MaskSpec, attention
-from ..lm.rope import rotary
+from ..lm.rope import rotary, rotary_frequencies
 
 ROPES = (None, "1d", "3d")
 CROSS = (None, "plain", "modulated")
@@ -34,7 +34,7 @@ def sinusoid(values: Float[Tensor, "*shape"], width: int, *, order: str = "cos_s
     if width < 2 or width % 2:
         raise ValueError(f"width: expected an even number >= 2, got {width}")
     values = values if values.dtype == torch.float64 else values.float()
-    frequencies = max_period ** -(torch.arange(0, width, 2, dtype=values.dtype, device=values.device) / width)
+    frequencies = rotary_frequencies(width, base=max_period, dtype=values.dtype, device=values.device)
     angles = values[..., None] * frequencies
     parts = (angles.cos(), angles.sin())
     return torch.cat(parts if order == "cos_sin" else parts[::-1], -1)

@@ -8,14 +8,14 @@ Docs: https://papers10.github.io/papers10/02_neoverse/applications.html.md"""
 __all__ = ['bullet_time', 'slow_motion', 'Stabilized', 'stabilize_video', 'edit_conditions', 'edit_video', 'background_video',
            'Tracks3D', 'track_points', 'super_resolve', 'multi_view', 'pan_there_and_back', 'World', 'image_to_world']
 
-# %% ../../nbs/02_neoverse/14_applications.ipynb #02ac9054
+# %% ../../nbs/02_neoverse/14_applications.ipynb #cb3da8c2
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.checks import check_choice, check_finite, check_range, check_shape
@@ -25,7 +25,7 @@ from .degradation import RenderConditions
 from .gaussians4d import Gaussians4D
 from .pipeline import Clip, NeoVersePipeline, Reconstruction, VideoOutput, depth_gaussians, fill_holes, render_conditions
 from .trajectories import CameraTrajectory, Shake, operation_matrix, shake, stabilize
-from ..splat.cameras import Cameras, invert_poses, project_points
+from ..splat.cameras import invert_poses, pinhole_cameras
 
 # %% ../../nbs/02_neoverse/14_applications.ipynb #89ef6361
 def bullet_time(pipeline: NeoVersePipeline, video: Any, at: float = 0.5, *, num_frames: int = 81, operation: str = "orbit_right", values: Mapping[str, float] | None = None, **options) -> VideoOutput:
@@ -70,7 +70,7 @@ def stabilize_video(pipeline: NeoVersePipeline, video: Any, *, num_keyframes: in
     output = pipeline.film(clip, found, CameraTrajectory(calm, "global", "stabilized"), **options)
     return Stabilized(output, shake(found.camtoworlds), shake(calm))
 
-# %% ../../nbs/02_neoverse/14_applications.ipynb #4ff9abc6
+# %% ../../nbs/02_neoverse/14_applications.ipynb #fef54ed8
 def edit_conditions(video: Float[Tensor, "T H W 3"], edit_mask: Tensor, *, reconstruction: Reconstruction | None = None, threshold: float = 0.5) -> RenderConditions:
     """Conditions that keep a video where `edit_mask` is below `threshold`.
 
@@ -92,9 +92,8 @@ def edit_conditions(video: Float[Tensor, "T H W 3"], edit_mask: Tensor, *, recon
     keep = (edit < threshold).float()[..., None]
     count, high, wide = (dims[name] for name in "THW")
     if reconstruction is None:
-        focal = wide / 2 / 3**0.5 * 3
         depth, poses = torch.zeros(count, high, wide), torch.eye(4).repeat(count, 1, 1)
-        Ks = torch.tensor([[focal, 0, wide / 2], [0, focal, high / 2], [0, 0, 1]]).repeat(count, 1, 1)
+        Ks = pinhole_cameras(wide, high).Ks.repeat(count, 1, 1)
     else:
         check_shape("reconstruction.depths", reconstruction.depths, "T H W", dims)
         depth, poses, Ks = reconstruction.depths, reconstruction.camtoworlds, reconstruction.Ks
@@ -105,7 +104,8 @@ def edit_video(pipeline: NeoVersePipeline, video: Any, edit_mask: Tensor, prompt
                guidance_scale: float = 1.0) -> Float[Tensor, "T H W 3"]:
     """A video whose masked part is painted anew by the pipeline's generator, or without one from its surroundings. The rest is kept as it was."""
     clip = pipeline.load(video, num_frames, size=size)
-    conditions = edit_conditions(clip.frames, edit_mask, reconstruction=pipeline.reconstruct(clip, motion=False))
+    rebuilt = None if pipeline.generator is None else pipeline.reconstruct(clip, motion=False)
+    conditions = edit_conditions(clip.frames, edit_mask, reconstruction=rebuilt)
     if pipeline.generator is None:
         return fill_holes(conditions.rgb[0], conditions.mask[0])
     made = pipeline.generator(conditions, **({} if prompt is None else {"prompts": prompt}), steps=steps, guidance_scale=guidance_scale, seed=seed)[0]

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/cost.html.md"""
 # %% auto #0
 __all__ = ['CLOCKS', 'bench_specs', 'reconstruction_seconds']
 
-# %% ../../nbs/02_neoverse/20_cost.ipynb #8d9fffde
+# %% ../../nbs/02_neoverse/20_cost.ipynb #7d700d4b
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_range
 from ..core.random import generator, seeded
-from ..kernels.common import CaseNotSupported, Hardware, KernelSpec, installed
+from ..kernels.common import DTYPE_BYTES, CaseNotSupported, Hardware, KernelSpec, installed
 from ..kernels.gaussian_transition import gaussian_transition_reference
 from ..kernels.motion_peak import motion_peak, motion_peak_reference
 from ..kernels.rasterize import rasterize
@@ -30,7 +30,7 @@ from ..splat.gaussians import Gaussians
 from ..splat.geometry import voxel_merge
 from ..splat.render import project_gaussians, render
 
-# %% ../../nbs/02_neoverse/20_cost.ipynb #5606562c
+# %% ../../nbs/02_neoverse/20_cost.ipynb #782e69b8
 _FIELDS = ("means", "quats", "scales", "opacities", "colors")
 _MOTION = ("velocity_forward", "velocity_backward", "angular_forward", "angular_backward", "life")
 _SHARPNESS = 0.55  # variance on the screen, the pixel filter's 0.3 included: evaluations end between distances sqrt(5) and sqrt(8)
@@ -120,7 +120,7 @@ def _gsplat_query() -> Callable:
 
 def _query_bytes(case: dict) -> float:
     """All fields and the key are read, four numbers a pixel written; backward reads the picture's gradient and writes those of the fields."""
-    size = {"float64": 8, "bfloat16": 2, "float16": 2}.get(case.get("dtype", "float32"), 4)
+    size = DTYPE_BYTES[case.get("dtype", "float32")]
     count, pixels = 2 * case["side"] ** 2, case["side"] ** 2
     return size * (27 * count + 4 * pixels) * (1 if case.get("direction", "forward") == "forward" else 2) + 8 * count
 
@@ -138,7 +138,7 @@ def _query_spec() -> KernelSpec:
         bench_cases=[*({"side": side, "device": "cpu"} for side in (24, 48, 224)), *({"side": side, "device": "cuda"} for side in (224, 434))],
         cost=lambda case: 2 * case["side"] ** 2, unsupported=(("triton", "float64"), *((name, kind) for name in ("reference", "torch", "numba", "triton") for kind in ("bfloat16", "float16"))))
 
-# %% ../../nbs/02_neoverse/20_cost.ipynb #c2b0f724
+# %% ../../nbs/02_neoverse/20_cost.ipynb #2142a094
 def _filter_inputs(case: dict, dtype: torch.dtype, device: str, draw: torch.Generator) -> dict:
     return {"depth": (1 + torch.rand(case["frames"], case["height"], case["width"], generator=draw)).to(device=device, dtype=dtype), "kernel": case["kernel"]}
 
@@ -157,7 +157,7 @@ def _filter(depth: Tensor, kernel: int, *, backend: str = "auto") -> Tensor:
 
 
 def _filter_bytes(case: dict) -> float:
-    size = {"float64": 8, "bfloat16": 2, "float16": 2}.get(case.get("dtype", "float32"), 4)
+    size = DTYPE_BYTES[case.get("dtype", "float32")]
     return 2 * size * case["frames"] * case["height"] * case["width"]
 
 
@@ -228,7 +228,7 @@ def _merge_loop(weights: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
 
 def _merge_bytes(case: dict) -> float:
     """15 numbers a Gaussian in and, a quarter as often, 14 out; backward the other way round, with the inputs again."""
-    size = {"float64": 8, "bfloat16": 2, "float16": 2}.get(case.get("dtype", "float32"), 4)
+    size = DTYPE_BYTES[case.get("dtype", "float32")]
     once = 15 + 14 / 4
     return size * case["rows"] * (once if case.get("direction", "forward") == "forward" else once + 15)
 

@@ -9,14 +9,14 @@ __all__ = ['KINDS', 'scene_depth', 'novel_trajectory', 'average_depth_filter', '
            'redmean', 'trust_mask', 'exact_quantile', 'normalize_depth', 'RenderConditions', 'DegradedScene',
            'sample_key_frames', 'Degradation']
 
-# %% ../../nbs/02_neoverse/04_degradation.ipynb #3b4cc395
+# %% ../../nbs/02_neoverse/04_degradation.ipynb #25a67104
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_finite, check_range, check_shape

@@ -353,7 +353,7 @@ def evaluate_tracks(prediction: Float[Tensor, "T N 3"], truth: Float[Tensor, "T 
     shares = apd_3d(prediction, truth, visible, thresholds=(delta,), rescale=rescale)
     return {"apd": shares["apd"], "epe": endpoint_error_3d(shares["scale"] * prediction, truth, visible), "scale": shares["scale"]}
 
-# %% ../../nbs/02_neoverse/15_evaluation.ipynb #f23a3f5b
+# %% ../../nbs/02_neoverse/15_evaluation.ipynb #762a8071
 PROTOCOL_ROOMS = ("static", "adt", "dycheck")
 PROTOCOL_ARMS = ("oracle", "oracle still", "depth", "tiny")
 
@@ -404,8 +404,8 @@ def protocol_trial(arm: str, seed: int, *, protocol: str = "adt", steps: int = 1
 
     reconstructor = {"oracle": lambda: _ordered(OracleReconstructor(spec), frames, split, protocol), "oracle still": lambda: still(_ordered(OracleReconstructor(spec), frames, split, protocol)),
                      "depth": lambda: still(DepthReconstructor(_TrueDepth(clip), cameras="track")), "tiny": lambda: NetworkReconstructor(model)}[arm]()
-    start = {"static": "sim3", "adt": "interpolate", "dycheck": "sim3"}[protocol]
-    found = evaluate_sequence(reconstructor, frames, split, width=width, height=height, static=protocol == "static", start=start, steps=steps)
+    about = PROTOCOLS["vrnerf" if protocol == "static" else protocol]
+    found = evaluate_sequence(reconstructor, frames, split, width=width, height=height, static=about.static, start=about.start, steps=steps)
     return {name: value for name, value in found.summary.items() if not name.startswith("seconds") and not math.isnan(value)}
 
 

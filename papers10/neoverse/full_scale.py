@@ -19,7 +19,7 @@ __all__ = ['WAN_SIZES', 'CONTROL_LAYERS', 'LATENT_CHANNELS', 'TIME_FACTOR', 'SPA
            'reconstructor_flops', 'Estimate', 'sizes_of', 'estimate', 'from_parameters', 'needs', 'check',
            'generate_clips', 'run_full_scale']
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #b10c5c98
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #09db91bb
 import copy
 import csv
 import html
@@ -43,19 +43,19 @@ from ..core import distributed
 from ..core.checks import check_choice, check_range, check_shape
 from ..core.config import Config, from_mapping, replace
 from ..core.data import locate, source
-from ..core.loop import LoopConfig, TrainState, train
+from ..core.loop import History, LoopConfig, TrainState, train
 from ..core.media import read_video, to_float, write_video
 from ..core.optional import have, need
 from ..core.random import generator, numpy_generator, seeded, stream_seed
-from ..flow.guidance import Guidance
+from ..flow.guidance import Guidance, batched
 from ..flow.sampler import euler
 from ..flow.schedule import bell_weight, flow_loss, noised, sample_sigma, sigma_grid
 from ..lm.pretraining import FolderLog, check_machine, launch, own_device
 from .checkpoints import LoadReport
 from .degradation import Degradation, RenderConditions, normalize_depth
-from .generator import ControlInput
+from .generator import ControlInput, GeneratorConfig
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #53d9a646
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #5a646826
 # Arguments of diffusers' WanTransformer3DModel, and the layers that get a control block.
 WAN_SIZES: dict[str, dict[str, Any]] = {
     "mini": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "num_layers": 4, "text_dim": 16, "freq_dim": 32, "rope_max_seq_len": 64},
@@ -64,6 +64,12 @@ WAN_SIZES: dict[str, dict[str, Any]] = {
 }
 CONTROL_LAYERS: dict[str, tuple[int, ...]] = {"mini": (0, 2), "1.3B": tuple(range(0, 30, 2)), "14B": tuple(range(0, 40, 5))}
 LATENT_CHANNELS, TIME_FACTOR, SPACE_FACTOR, PATCH = 16, 4, 8, (1, 2, 2)
+_WAN = GeneratorConfig(latent_channels=LATENT_CHANNELS, time_factor=TIME_FACTOR, space_factor=SPACE_FACTOR, patch=PATCH[1])
+
+
+def _default_layers(count: int) -> tuple[int, ...]:
+    """Control layers of a transformer of `count` layers: those of the known size, else every second one."""
+    return next((CONTROL_LAYERS[name] for name, sizes in WAN_SIZES.items() if sizes["num_layers"] == count), tuple(range(0, count, 2)))
 
 
 def check_video_size(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -71,10 +77,7 @@ def check_video_size(frames: int, height: int, width: int) -> tuple[int, int, in
 
     Raises: ValueError that proposes the nearest valid size.
     """
-    near = (TIME_FACTOR * max(0, round((frames - 1) / TIME_FACTOR)) + 1, *(16 * max(1, round(side / 16)) for side in (height, width)))
-    if near != (frames, height, width):
-        raise ValueError(f"frames, height, width: expected 4n + 1 frames and sides that are multiples of 16, got {frames} x {height} x {width} (nearest: {near[0]} x {near[1]} x {near[2]})")
-    return near
+    return _WAN.check_video(frames, height, width)
 
 
 def token_count(frames: int, height: int, width: int) -> int:
@@ -82,7 +85,7 @@ def token_count(frames: int, height: int, width: int) -> int:
     frames, height, width = check_video_size(frames, height, width)
     return ((frames - 1) // TIME_FACTOR + 1) * (height // 16) * (width // 16)
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #ad4a6deb
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #346707b7
 class ControlEmbedding(nn.Module):
     """Conditions to 96 channels on the latent grid.
 
@@ -105,8 +108,7 @@ class ControlEmbedding(nn.Module):
 def check_control(control: ControlInput) -> None:
     """Raises ValueError when the parts of `control` have shapes that do not belong together."""
     check_shape("mask_rays", control.mask_rays, "B 7 T H W")
-    frames, height, width = check_video_size(*control.mask_rays.shape[2:])
-    expected = (control.mask_rays.shape[0], LATENT_CHANNELS, (frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR)
+    expected = (len(control.mask_rays), *_WAN.latent_shape(*control.mask_rays.shape[2:]))
     for name, latents in (("rgb", control.rgb), ("depth", control.depth)):
         if tuple(latents.shape) != expected:
             raise ValueError(f"{name}: expected latents {list(expected)} for mask_rays {list(control.mask_rays.shape)}, got {list(latents.shape)}")
@@ -170,7 +172,7 @@ class WanControlBranch(nn.Module):
             hints.append(hint)
         return hints
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #b48b655f
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #8587865c
 class UnsupportedVersion(RuntimeError):
     """The installed diffusers is not one with which this module was tested."""
 
@@ -194,8 +196,7 @@ class WanControlTransformer(nn.Module):
         if missing:
             raise UnsupportedVersion(f"transformer: expected diffusers' WanTransformer3DModel (tested with 0.42) with {', '.join(_PARTS)}; this one lacks {', '.join(missing)}")
         if control_layers is None:
-            known = {sizes["num_layers"]: CONTROL_LAYERS[name] for name, sizes in WAN_SIZES.items()}
-            control_layers = known.get(len(transformer.blocks), tuple(range(0, len(transformer.blocks), 2)))
+            control_layers = _default_layers(len(transformer.blocks))
         self.control = WanControlBranch(transformer, control_layers)
         self.base = transformer.requires_grad_(False)
         self.checkpointing = False
@@ -697,7 +698,7 @@ def save_lora(model: WanControlTransformer, file: str | Path, *, name: str = "tr
     save_file({f"transformer.{key}": (value * scale if ".lora_B." in key else value).detach().cpu().contiguous() for key, value in weights.items()}, str(file))
     return Path(file)
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #3ede2380
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #2b118329
 PROMPT = "Fill the missing regions of this video with natural content that fits the rest."
 LOW_MEMORY = ("none", "components", "blocks")
 
@@ -852,25 +853,22 @@ class WanGenerator:
             raise ValueError(f"prompts: expected {batch}, one a clip, got {len(prompts)}")
         self.resident = {}
         guidance = Guidance(guidance_scale)
-        texts = {("condition",): self.encode_text(prompts)}
-        if guidance_scale != 1:
-            texts[()] = self.encode_text([negative] * batch)
+        words = {"words": self.encode_text(prompts)}
+        without = {"words": self.encode_text([negative] * batch)} if guidance_scale != 1 else None
         control = None if conditions is None else self.encode_conditions(conditions)
-        shape = (LATENT_CHANNELS, (frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR)
+        shape = _WAN.latent_shape(frames, height, width)
         noise = torch.stack([torch.randn(shape, generator=generator(seed, "wan noise", clip)) for clip in range(batch)]).to(self.device)
         model = self.parts.transformer
         control = None if control is None else ControlInput(*(part.to(model.dtype) for part in control))
         # A branch in training is kept in float32 beside a transformer in half precision.
         mixed = model.control.patch_embedding.weight.dtype != model.dtype
 
-        def velocity(x: Tensor, sigma: Tensor, branches: Sequence[tuple[str, ...]]) -> Tensor:
-            words = torch.cat([texts[branch] for branch in branches]).to(model.dtype)
-            count = len(branches)
-            out = model(x.repeat(count, 1, 1, 1, 1).to(model.dtype), (1000 * sigma).expand(count * batch).to(self.device), words, None if control is None else control.repeat(count), control_scale)
-            return out.unflatten(0, (count, batch)).to(x.dtype)
+        def network(x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
+            shown = None if control is None else control.repeat(len(x) // batch)
+            return model(x.to(model.dtype), (1000 * sigma).expand(len(x)).to(self.device), words.to(model.dtype), shown, control_scale).to(x.dtype)
 
         with self._using("transformer", model), torch.autocast(self.device.type, dtype=model.dtype if mixed else None, enabled=mixed):
-            latents = euler(velocity, noise, sigma_grid(steps, shift), guidance=guidance, callback=callback)
+            latents = euler(batched(network, words, without), noise, sigma_grid(steps, shift), guidance=guidance, callback=callback)
         return self.decode(latents)
 
 # %% ../../nbs/02_neoverse/17_full_scale.ipynb #b5019310
@@ -1030,7 +1028,7 @@ class TrainingClips:
         """Go on from a position."""
         self.drawn = int(state["drawn"])
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #6a708f45
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #eee6f130
 class FullScale(Config):
     """One run at full scale; the defaults are the paper's where it says them.
 
@@ -1188,6 +1186,17 @@ def _gathered(settings: FullScale) -> Callable[[TrainState], None]:
     return gather
 
 
+def _fit(state: TrainState, step_fn: Callable, settings: Any, log: FolderLog, name: str, device: torch.device, after_step: Sequence[Callable] = ()) -> tuple[History, dict[str, Any]]:
+    """Train by the settings; the history, and what every training says about it."""
+    config = LoopConfig(steps=settings.iterations, accumulate=settings.accumulate, clip_norm=settings.clip_norm, log_every=settings.log_every, save_every=settings.save_every,
+                        amp="bf16" if settings.precision == "bfloat16" else None, max_seconds=settings.max_seconds, seed=settings.seed)
+    history = train(state, step_fn, config, run=log, name=name, after_step=[*after_step, *([_gathered(settings)] if settings.optimizer == "zero" else [])])
+    losses = [record["loss"] for record in history.records if record.get("loss") is not None]
+    tenth = max(1, len(losses) // 10)
+    return history, {"loss": history.tail("loss"), "first_loss": sum(losses[:tenth]) / tenth if losses else None, "steps": state.step, "skipped": history.skipped,
+                     "seconds_per_step": history.seconds / max(state.step, 1), "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None}
+
+
 class _Samples:
     """Writes a video out of the last batch every few steps."""
 
@@ -1216,7 +1225,7 @@ def save_control(model: WanControlTransformer, folder: str | Path) -> Path:
     part.replace(folder / "diffusion_pytorch_model.safetensors")
     return folder / "diffusion_pytorch_model.safetensors"
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #90f7eb8b
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #ce93f466
 def source_folder(name: str) -> Path:
     """The folder of a local path or of a data name, whose licence is printed.
 
@@ -1329,17 +1338,11 @@ def train_generator(settings: FullScale | Mapping[str, Any], folder: str | Path)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    config = LoopConfig(steps=settings.iterations, accumulate=settings.accumulate, clip_norm=settings.clip_norm, log_every=settings.log_every, save_every=settings.save_every,
-                        amp="bf16" if settings.precision == "bfloat16" else None, max_seconds=settings.max_seconds, seed=settings.seed)
-    history = train(state, step_fn, config, run=log, name="generator", after_step=[samples, *([_gathered(settings)] if settings.optimizer == "zero" else [])])
-    losses = [record["loss"] for record in history.records if record.get("loss") is not None]
-    tenth = max(1, len(losses) // 10)
+    _, result = _fit(state, step_fn, settings, log, "generator", device, [samples])
     if distributed.rank() == 0:
         save_control(model, Path(folder) / "control")
     count = lambda module: sum(parameter.numel() for parameter in module.parameters())  # noqa: E731
-    result = {"loss": history.tail("loss"), "first_loss": sum(losses[:tenth]) / tenth if losses else None, "steps": state.step, "skipped": history.skipped,
-              "seconds_per_step": history.seconds / max(state.step, 1), "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-              "trained": count(training), "frozen": sum(map(count, (model.base, parts.vae, parts.text_encoder, reconstructor)))}
+    result |= {"trained": count(training), "frozen": sum(map(count, (model.base, parts.vae, parts.text_encoder, reconstructor)))}
     distributed.barrier()
     return log.finish(result)
 
@@ -1385,7 +1388,7 @@ def reconstructor_flops(frames: int, height: int, width: int, *, dim: int = 1024
     together = pairs * 4 * dim * tokens * tokens
     return float(maps + within + together), float(together)
 
-# %% ../../nbs/02_neoverse/17_full_scale.ipynb #7733b793
+# %% ../../nbs/02_neoverse/17_full_scale.ipynb #2711a1b1
 class Estimate(NamedTuple):
     """What a run needs. Fields: tokens; parameters, numbers by part; flops by part of one video (inference) or one step (training), of one GPU; memory in bytes by part, of one GPU;
     seconds of one video or step; hours of the whole run."""
@@ -1407,8 +1410,7 @@ def sizes_of(settings: FullScale) -> tuple[dict[str, Any], int]:
         return dict(WAN_SIZES[size]), len(settings.control_layers or CONTROL_LAYERS[size])
     if (folder / "transformer" / "config.json").is_file():
         sizes = json.loads((folder / "transformer" / "config.json").read_text())
-        known = {entry["num_layers"]: len(CONTROL_LAYERS[name]) for name, entry in WAN_SIZES.items()}
-        return sizes, len(settings.control_layers) if settings.control_layers else known.get(sizes["num_layers"], (sizes["num_layers"] + 1) // 2)
+        return sizes, len(settings.control_layers or _default_layers(sizes["num_layers"]))
     sizes, layers = read_sizes(folder)
     return sizes, len(layers)
 

@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/gaussians4d.html.md"""
 __all__ = ['BLENDS', 'EXTRAPOLATE', 'MOTION_MODELS', 'life_span_opacity', 'Gaussians4D', 'transition', 'render_4d',
            'pixel_gaussians', 'oracle_gaussians', 'with_motion', 'motion_errors', 'between_frames']
 
-# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #c1779ce8
+# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #e0f5ac2a
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -26,11 +26,12 @@ from ..splat.export import load_scene, save_scene
 from ..splat.gaussians import Gaussians
 from ..splat.metrics import masked_psnr, psnr
 from ..splat.render import Rendering, render
+from ..splat.rotations import quat_mul, so3_exp
 
 BLENDS = ("both", "nearest", "window")
 EXTRAPOLATE = ("hold", "linear", "empty")
 
-# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #b7c87f77
+# %% ../../nbs/02_neoverse/02_gaussians4d.ipynb #66240c16
 def life_span_opacity(alpha: Float[Tensor, "*batch"], life: Float[Tensor, "*batch"], fraction: Float[Tensor, "*batch"] | float, gamma: float = 10.0) -> Float[Tensor, "*batch"]:
     """Opacity that is left at a fraction of the way to the neighbouring key frame, alpha exp(-gamma fraction^(1 / (1 - life + 1e-6))).
 
@@ -170,9 +171,7 @@ class Gaussians4D:
 
     def save(self, path):
         """Write everything to PATH.safetensors (see `splat.export.save_scene`); returns the path."""
-        extras = {f"extra.{name}": value for name, value in self.gaussians.extra.items()}
-        plain = {name: value for name, value in self.gaussians.tensors().items() if not name.startswith("extra.")}
-        return save_scene(path, {**plain, **extras, **{f"motion.{name}": value for name, value in self._own().items()}, "motion.key_times": self.key_times},
+        return save_scene(path, {**self.gaussians.tensors(), **{f"motion.{name}": value for name, value in self._own().items()}, "motion.key_times": self.key_times},
                           {"kind": "Gaussians4D", "gamma": self.gamma})
 
     @staticmethod
@@ -223,12 +222,9 @@ class Gaussians4D:
             raise ValueError(f"t: expected a finite number, got {float(when)}")
         motionless = self.velocity_forward is None and self.velocity_backward is None
         fading = decay and self.life is not None and not (motionless and hold_opacity) and not (blend == "nearest" and not decay_single)
-        parts = [self._constant_part(), *(self._part(frames, when, fading, backend) for frames in self._frames(when, blend, window, extrapolate))]
+        parts = [self.gaussians.index(self.key < 0), *(self._part(frames, when, fading, backend) for frames in self._frames(when, blend, window, extrapolate))]
         parts = [part for part in parts if len(part)]
         return Gaussians.cat(parts) if len(parts) > 1 else parts[0] if parts else self.gaussians.index(slice(0, 0))
-
-    def _constant_part(self) -> Gaussians:
-        return self.gaussians.index(self.key < 0)
 
     def _frames(self, when: Tensor, blend: str, window: int, extrapolate: str) -> list[tuple[int, int, int, int]]:
         """(key frame, direction, whole intervals passed, window) of each key frame that is drawn; direction 0 is held, 2 and -2 go on in a straight line."""
@@ -273,7 +269,7 @@ class Gaussians4D:
             velocity, angular = self._motion(rows, direction)
             here = number
             for _ in range(passed):
-                own = own.replace(means=own.means + velocity, quats=self._turned(own, angular, backend))
+                own = own.replace(means=own.means + velocity, quats=quat_mul(own.quats, so3_exp(angular)))
                 here += direction
                 near = (self.key == here).nonzero()[:, 0]
                 if not len(near):
@@ -291,10 +287,6 @@ class Gaussians4D:
         elif width > 1:
             opacities = life_span_opacity(own.opacities, life, (part + passed) / width, self.gamma)
         return own.replace(means=means, quats=quats, opacities=opacities)
-
-    def _turned(self, own: Gaussians, angular: Tensor, backend: str) -> Tensor:
-        whole = torch.ones_like(own.opacities)
-        return gaussian_transition(own.means, own.quats, own.opacities, torch.zeros_like(angular), angular, whole, whole, self.gamma, backend=backend)[1]
 
 
 def transition(scene: Gaussians4D, t: float | Tensor, **options) -> Gaussians:

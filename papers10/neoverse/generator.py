@@ -10,7 +10,7 @@ __all__ = ['FRAMES', 'WIDTH', 'HEIGHT', 'KEY_FRAMES', 'ARMS', 'GeneratorConfig',
            'degraded_pairs', 'train_base', 'train_control', 'distill', 'train_generator', 'load', 'loss_by_level',
            'generator_trial']
 
-# %% ../../nbs/02_neoverse/11_generator.ipynb #f90362d6
+# %% ../../nbs/02_neoverse/11_generator.ipynb #4e7e88ca
 import dataclasses
 import json
 import math
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.checks import check_choice, check_finite, check_range, check_shape
+from ..core.checks import check_choice, check_range, check_shape
 from ..core.data import DataMissing, package_root
 from ..core.loop import History, LoopConfig, TrainState, train
 from ..core.optional import need

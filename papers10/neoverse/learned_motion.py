@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/learned_motion.html.md"""
 __all__ = ['ARMS', 'DiscClips', 'disc_clips', 'position_features', 'FlatMotionNetwork', 'object_motion_loss', 'motion_errors',
            'train_flat', 'learned_motion_trial', 'motion_attention']
 
-# %% ../../nbs/02_neoverse/09_learned_motion.ipynb #016ae25d
+# %% ../../nbs/02_neoverse/09_learned_motion.ipynb #2b46f43d
 import math
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from ..core.checks import check_choice, check_range, check_shape
 from ..core.loop import History, LoopConfig, TrainState, train
 from ..core.random import generator as stream
 from ..core.random import seeded
+from .losses import motion_loss
 from .reconstructor import Block, MotionBranch, patch_positions
 
 # %% ../../nbs/02_neoverse/09_learned_motion.ipynb #cf7c087d
@@ -138,7 +139,7 @@ class FlatMotionNetwork(nn.Module):
             return onward, -last
         return onward, self._pixels(self.backward_head, features.backward[0])
 
-# %% ../../nbs/02_neoverse/09_learned_motion.ipynb #09d01f0f
+# %% ../../nbs/02_neoverse/09_learned_motion.ipynb #c1f38e5a
 ARMS = ("bidirectional", "unidirectional", "frame", "plain")
 
 
@@ -156,7 +157,7 @@ def object_motion_loss(prediction: Float[Tensor, "*batch D"], truth: Float[Tenso
         raise ValueError(f"prediction, truth, inside: expected one shape, [..., D] twice and [...], got {tuple(prediction.shape)}, {tuple(truth.shape)}, {tuple(inside.shape)}")
     check_range("unit", unit, 0, open=True)
     weight = torch.where(inside, object_weight, background_weight).to(prediction)
-    return ((prediction - truth).div(unit).square().sum(-1) * weight).sum() / weight.sum()
+    return motion_loss(prediction, truth, torch.ones_like(inside), kind="squared", typical=unit, weights=weight)
 
 
 def motion_errors(network: nn.Module, clips: DiscClips) -> dict[str, float]:

@@ -6,7 +6,7 @@ Docs: https://papers10.github.io/papers10/02_neoverse/losses.html.md"""
 
 # %% auto #0
 __all__ = ['OPACITY_ARMS', 'camera_loss', 'gradient_loss', 'depth_loss', 'motion_loss', 'opacity_loss', 'seen_by_keys',
-           'ReconstructionBatch', 'displacements', 'room_batch', 'ReconstructionLoss', 'opacity_trial']
+           'ReconstructionBatch', 'collate', 'displacements', 'room_batch', 'ReconstructionLoss', 'opacity_trial']
 
 # %% ../../nbs/02_neoverse/08_losses.ipynb #b0151f28
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ def seen_by_keys(depth: Float[Tensor, "batch view H W"], camtoworlds: Float[Tens
             seen[clip] = (inside & ((there - z).abs() <= tolerance)).any(0)
     return seen & (depth > 1e-6)
 
-# %% ../../nbs/02_neoverse/08_losses.ipynb #ae33f8c3
+# %% ../../nbs/02_neoverse/08_losses.ipynb #48e8be4f
 @dataclass(frozen=True)
 class ReconstructionBatch:
     """B clips with the truth.
@@ -215,6 +215,11 @@ class ReconstructionBatch:
         return replace(self, camtoworlds=poses, depth=shrink(self.depth, 3), flow_forward=shrink(self.flow_forward, 4), flow_backward=shrink(self.flow_backward, 4))
 
 
+def collate(batches: Sequence[ReconstructionBatch]) -> ReconstructionBatch:
+    """One batch of several with the same frames."""
+    return ReconstructionBatch(*(torch.cat([getattr(batch, item.name) for batch in batches]) for item in fields(ReconstructionBatch)))
+
+
 def displacements(spec: SceneSpec, clip, step: int) -> Float[Tensor, "S H W 3"]:
     """Where the surface points of every frame of a clip of a room go until the next (step 1) or have come from since the previous frame (−1), in the own camera's frame; zeros at the end."""
     out = torch.zeros_like(clip.world)
@@ -261,7 +266,7 @@ def room_batch(seeds: Sequence[int], keys: int = 3, width: int = 64, height: int
         still = torch.tensor([not bool(goes.any())])
         part = ReconstructionBatch(clip.rgb.movedim(-1, 1)[None].clamp(0, 1), times[None] - first, poses, Ks, depth, valid, displacements(spec, own, 1)[None], displacements(spec, own, -1)[None], moving[None], still)
         parts.append(part.reversed() if draw.uniform() < reverse else part)
-    batch = ReconstructionBatch(*(torch.cat([getattr(part, item.name) for part in parts]) for item in fields(ReconstructionBatch)))
+    batch = collate(parts)
     return batch.normalized() if normalize else batch
 
 # %% ../../nbs/02_neoverse/08_losses.ipynb #57012893

@@ -11,11 +11,11 @@ __all__ = ['SHARP', 'Clip', 'load_clip', 'Reconstruction', 'Reconstructor', 'Gen
            'render_conditions', 'fill_holes', 'fitting_size', 'generate_long', 'VideoOutput', 'NeoVersePipeline',
            'save_intermediates']
 
-# %% ../../nbs/02_neoverse/13_pipeline.ipynb #f482c493
+# %% ../../nbs/02_neoverse/13_pipeline.ipynb #b1fd96f6
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -27,15 +27,14 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from ..core.checks import check_choice, check_finite, check_range, check_shape
-from ..core.media import read_image, read_video, resize, to_float, to_uint8, write_image, write_video
-from ..core.optional import need
+from ..core.media import read_image, read_video, resize, to_float, to_uint8, write_video
 from .degradation import RenderConditions
 from .gaussians4d import Gaussians4D, oracle_gaussians, pixel_gaussians, render_4d
 from .separation import speed_maps
-from .trajectories import CameraTrajectory
-from ..splat.cameras import Cameras, Sim3, align_poses, check_poses, interpolate_poses, invert_poses, project_points, se3_exp, unproject
+from .trajectories import AppliedTrajectory, CameraTrajectory
+from ..splat.cameras import Cameras, Sim3, align_poses, check_poses, invert_poses, pinhole_cameras, project_points, se3_exp, unproject
 from ..splat.gaussians import Gaussians
-from ..splat.rotations import convert_quat, matrix_to_quat, quat_mul, quat_normalize, quat_to_matrix
+from ..splat.rotations import matrix_to_quat, quat_mul, quat_normalize, quat_to_matrix
 
 # %% ../../nbs/02_neoverse/13_pipeline.ipynb #b51acbb3
 class Clip(NamedTuple):
@@ -217,7 +216,7 @@ def depth_gaussians(frames: Float[Tensor, "key H W 3"], depths: Float[Tensor, "k
     flat = lambda values: None if values is None else values.reshape(-1, 3)[known].to(scene.gaussians.means)
     return scene.replace(key=torch.full_like(scene.key, -1) if static else scene.key, velocity_forward=flat(forward), velocity_backward=flat(backward))
 
-# %% ../../nbs/02_neoverse/13_pipeline.ipynb #fe2b283a
+# %% ../../nbs/02_neoverse/13_pipeline.ipynb #c7e4119d
 SHARP = 0.1
 """Pixel filter for Gaussians of one pixel each, pixels². With 0.3, what networks are trained with, frames rendered from their own camera lose some 5 dB (Big Buck Bunny); less than 0.1 opens gaps (our choice)."""
 
@@ -345,6 +344,15 @@ class PopUpDepth:
         return depth
 
 
+def _rebuilt(frames: Tensor, times: Tensor, depths: Tensor, poses: Tensor, Ks: Tensor, static: bool, flow: Any) -> Reconstruction:
+    """A Gaussian for every pixel, with motion where there is a flow."""
+    forward = backward = None
+    if flow is not None and not static and len(frames) > 1:
+        forward, backward = flow_motion(depths, poses, Ks, frames, flow)
+    scene = depth_gaussians(frames, depths, poses, Ks, times, forward=forward, backward=backward, static=static)
+    return Reconstruction(scene, poses, Ks, depths, frames, torch.as_tensor(times, dtype=torch.float64), static, eps2d=SHARP)
+
+
 class DepthReconstructor:
     """Depth of every frame, cameras from tracked points, motion from optical flow; no network needed.
 
@@ -369,17 +377,12 @@ class DepthReconstructor:
         shared = {"found": moving} if isinstance(self.depth, PopUpDepth) and moving is not None else {}
         depths = self.depth.depth(frames, **shared).float()
         count, high, wide = depths.shape
-        focal = wide / 2 / math.tan(self.fov / 2)
-        Ks = torch.tensor([[focal, 0, wide / 2], [0, focal, high / 2], [0, 0, 1]]).repeat(count, 1, 1)
+        Ks = pinhole_cameras(wide, high, self.fov).Ks.repeat(count, 1, 1)
         if self.cameras == "still" or count == 1:
             poses = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
         else:
             poses = track_cameras(frames, depths, Ks[0], mask=moving)
-        forward = backward = None
-        if motion and not static and count > 1 and self.flow is not None:
-            forward, backward = flow_motion(depths, poses.float(), Ks, frames, self.flow)
-        scene = depth_gaussians(frames, depths, poses.float(), Ks, times, forward=forward, backward=backward, static=static)
-        return Reconstruction(scene, poses.float(), Ks, depths, frames, torch.as_tensor(times, dtype=torch.float64), static, eps2d=SHARP)
+        return _rebuilt(frames, times, depths, poses.float(), Ks, static, self.flow if motion else None)
 
 
 class FolderReconstructor:
@@ -444,12 +447,7 @@ def _from_maps(frames: Tensor, times: Tensor, depths: Tensor, poses: Tensor, inn
         # Nearest: a mean of two depths at an edge is a point in the air.
         depths = F.interpolate(depths[:, None], (high, wide), mode="nearest-exact")[:, 0]
     poses = invert_poses(poses[:1]) @ poses
-    depths, inner, poses = depths.float(), inner.float(), poses.float()
-    forward = backward = None
-    if flow is not None and not static and len(frames) > 1:
-        forward, backward = flow_motion(depths, poses, inner, frames, flow)
-    scene = depth_gaussians(frames, depths, poses, inner, times, forward=forward, backward=backward, static=static)
-    return Reconstruction(scene, poses, inner, depths, frames, torch.as_tensor(times, dtype=torch.float64), static, eps2d=SHARP)
+    return _rebuilt(frames, times, depths.float(), poses.float(), inner.float(), static, flow)
 
 
 class DepthAnything3Reconstructor:
@@ -497,7 +495,7 @@ def separated(reconstruction: Reconstruction, *, speed_threshold: float | str = 
     cell = reconstruction.median_depth / float(reconstruction.Ks[:, 0, 0].median()) if voxel == "pixel" else voxel
     return replace(reconstruction, scene=scene.aggregate(mask, voxel=cell), static_mask=whole.reshape(depths.shape))
 
-# %% ../../nbs/02_neoverse/13_pipeline.ipynb #1449752b
+# %% ../../nbs/02_neoverse/13_pipeline.ipynb #11826914
 def moved_scene(scene: Gaussians4D, similarity: Sim3) -> Gaussians4D:
     """A scene in another world: positions, sizes, rotations and displacements go through the similarity. Colours that depend on the direction are not turned."""
     scale, turn, _ = (value.to(scene.gaussians.means) for value in similarity)
@@ -510,8 +508,7 @@ def moved_scene(scene: Gaussians4D, similarity: Sim3) -> Gaussians4D:
 def _windows(count: int, window: int, overlap: int) -> list[tuple[int, int]]:
     if not 0 < overlap < window:
         raise ValueError(f"overlap: expected a number in [1, {window - 1}] below window = {window}, got {overlap}")
-    starts = list(range(0, max(count - overlap, 1), window - overlap))
-    return [(start, min(start + window, count)) for start in starts if start == 0 or start + overlap < count]
+    return [(start, min(start + window, count)) for start in range(0, max(count - overlap, 1), window - overlap)]
 
 
 def reconstruct_long(reconstructor: Reconstructor, frames: Float[Tensor, "key H W 3"], times: Float[Tensor, "key"], *, window: int = 81, overlap: int = 8, static: bool = False,
@@ -549,8 +546,14 @@ def reconstruct_long(reconstructor: Reconstructor, frames: Float[Tensor, "key H 
     joined = lambda name: torch.cat([getattr(part, name)[low:high] for part, low, high in kept])
     return Reconstruction(Gaussians4D.cat(scenes), joined("camtoworlds"), joined("Ks"), joined("depths"), joined("frames"), moments, static, eps2d=parts[0].eps2d)
 
-# %% ../../nbs/02_neoverse/13_pipeline.ipynb #dd173863
+# %% ../../nbs/02_neoverse/13_pipeline.ipynb #fed178f4
 @torch.no_grad()
+def _along(rebuilt: Reconstruction, trajectory: CameraTrajectory, metric_scale: float | None) -> AppliedTrajectory:
+    """The trajectory in the world of a reconstruction, whose median depth is looked up only where distances are counted in it."""
+    depth = rebuilt.median_depth if trajectory.distance_unit == "median_depth" else None
+    return trajectory.apply(rebuilt.camtoworlds, rebuilt.times, rebuilt.Ks, static=rebuilt.static, median_depth=depth, metric_scale=metric_scale)
+
+
 def render_conditions(reconstruction: Reconstruction, trajectory: CameraTrajectory, *, width: int | None = None, height: int | None = None, alpha_threshold: float = 1.0,
                       first_frame: Float[Tensor, "H W 3"] | None = None, metric_scale: float | None = None, **options) -> tuple[RenderConditions, Tensor, Tensor]:
     """What the generator is shown: colour, depth, mask and cameras along a trajectory.
@@ -565,7 +568,7 @@ def render_conditions(reconstruction: Reconstruction, trajectory: CameraTrajecto
     Raises: ValueError for a threshold outside [0, 1], and what the trajectory and the renderer refuse. Source: official `inference.py`.
     """
     check_range("alpha_threshold", alpha_threshold, 0, 1)
-    applied = trajectory.apply(reconstruction.camtoworlds, reconstruction.times, reconstruction.Ks, static=reconstruction.static, median_depth=reconstruction.median_depth, metric_scale=metric_scale)
+    applied = _along(reconstruction, trajectory, metric_scale)
     cameras = reconstruction.cameras(applied.camtoworlds, applied.Ks, width=width, height=height)
     seen = render_4d(reconstruction.scene, cameras, applied.times, **{"eps2d": reconstruction.eps2d, **options})
     rgb, mask = seen.color.clamp(0, 1), (seen.alpha > alpha_threshold).float()
@@ -636,7 +639,7 @@ def generate_long(generator: Generator, conditions: RenderConditions, *, window:
         before = end
     return film
 
-# %% ../../nbs/02_neoverse/13_pipeline.ipynb #312c9720
+# %% ../../nbs/02_neoverse/13_pipeline.ipynb #89404c29
 @dataclass(frozen=True, eq=False)
 class VideoOutput:
     """A film and what lay between. Fields: frames uint8 [T, H, W, 3]; fps; conditions; alpha [T, H, W, 1]; times [T]; reconstruction; seconds by stage."""
@@ -701,8 +704,7 @@ class NeoVersePipeline:
         if lora is not None:
             load_lora(parts.transformer, lora)
         generator = WanGenerator(parts, device=device, low_memory=low_memory)
-        generator.frame_step, generator.size_step = 4, 16
-        return cls(reconstructor, generator, **{"overlap": 8, **options})
+        return cls(reconstructor, generator, **options)
 
     def load(self, video: Any, num_frames: int | None = 81, *, size: int | tuple[int, int] | None = None, auto_fix: bool = True) -> Clip:
         """A clip in a size that the reconstructor takes. video: what `load_clip` takes, or a `Clip`. auto_fix: scale the frames, instead of refusing. Raises ValueError with the nearest size."""
@@ -777,7 +779,7 @@ class NeoVersePipeline:
         high, wide = output_size or rebuilt.size
         first = clip.frames[0] if (trajectory.use_first_frame if use_first_frame is None else use_first_frame) else None
         if first is not None:
-            start = trajectory.apply(rebuilt.camtoworlds, rebuilt.times, rebuilt.Ks, static=rebuilt.static, median_depth=rebuilt.median_depth, metric_scale=metric_scale)
+            start = _along(rebuilt, trajectory, metric_scale)
             same = abs(float(start.times[0]) - float(rebuilt.times[0])) < 1e-6 and torch.allclose(start.camtoworlds[0].double(), rebuilt.camtoworlds[0].double(), atol=1e-4) and torch.allclose(start.Ks[0].double(), rebuilt.Ks[0].double(), rtol=1e-4)
             if not same and use_first_frame:
                 raise ValueError("use_first_frame: expected a path that begins at the source's first camera and time, got another beginning; leave it out, or let the path begin there")

@@ -11,7 +11,7 @@ __all__ = ['MOTIONS', 'IMAGE_MEAN', 'IMAGE_STD', 'ACTIVATIONS', 'ReconstructorCo
            'Fusion', 'DPTHead', 'camera_to_vector', 'vector_to_camera', 'CameraHead', 'GaussianParameters',
            'GaussianHead', 'ReconOutput', 'NeoVerseReconstructor', 'keep_confident']
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #df14e718
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #246ce9bd
 import json
 import math
 import warnings
@@ -31,8 +31,9 @@ from ..core.checkpoint import load_tensors, save_tensors
 from ..core.checks import check_choice, check_finite, check_range, check_same, check_shape
 from ..core.config import Config, from_mapping, to_mapping
 from ..core.optional import need
-from ..lm.rope import rotary
+from ..lm.rope import rotary, rotary_frequencies
 from .gaussians4d import Gaussians4D
+from .separation import speed_maps
 from ..splat.cameras import Cameras, check_poses, invert_poses, make_poses, unproject
 from ..splat.gaussians import SH0, Gaussians
 from ..splat.geometry import voxel_merge
@@ -445,7 +446,7 @@ class MotionBranch(nn.Module):
                 backward.append(self.backward_blocks[level](second, positions, other_second, positions).unflatten(0, (b, s - 1)))
         return MotionTokens(forward, None if self.motion == "unidirectional" else backward)
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #817ea4e6
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #e52eccaa
 def signed_expm1(x: Tensor) -> Tensor:
     """sign(x) (exp |x| - 1)."""
     return x.sign() * x.abs().expm1()
@@ -462,7 +463,7 @@ ACTIVATIONS = {"exp": torch.exp, "signed_expm1": signed_expm1, "unit": lambda x:
 def place_code(channels: int, height: int, width: int, aspect: float, *, device=None, dtype: torch.dtype = torch.float32) -> Float[Tensor, "channels height width"]:
     """Sines and cosines of the place in a picture whose half diagonal is 1: first half of the channels column, second half row (frequencies 100^(-4i/channels))."""
     diagonal = math.hypot(aspect, 1.0)
-    speeds = 100.0 ** -(torch.arange(channels // 4, device=device, dtype=torch.float64) / (channels / 4))
+    speeds = rotary_frequencies(channels // 2, base=100.0, device=device)
 
     def code(span: float, count: int) -> Tensor:
         end = span * (count - 1) / count
@@ -623,7 +624,7 @@ class CameraHead(nn.Module):
             found.append(torch.cat([current[..., :7], current[..., 7:].relu()], -1))
         return found
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #ac3acf3a
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #39a2b31b
 class GaussianParameters(NamedTuple):
     """quats [..., 4] wxyz; scales [..., 3]; opacities [...]; sh [..., K, 3]; life [...]; the leading dimensions are those of the pixels."""
 
@@ -653,7 +654,6 @@ class GaussianHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch channel height width"], images: Float[Tensor, "batch 3 height width"], is_static: Tensor) -> GaussianParameters:
         """Fields [B, H, W, ...]; `is_static` [B] bool chooses the map of each picture."""
-        raw = features.new_empty(0)
         if bool(is_static.all()):
             raw = self.static(features)
         elif not bool(is_static.any()):
@@ -668,7 +668,7 @@ class GaussianHead(nn.Module):
         sh = torch.cat([sh[..., :1, :] + own[..., None, :], sh[..., 1:, :]], -2)
         return GaussianParameters(quats / (quats.norm(dim=-1, keepdim=True) + 1e-8), scales.exp().clamp_max(self.max_scale), opacities[..., 0].sigmoid(), sh, life[..., 0].sigmoid())
 
-# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #ab62c6d6
+# %% ../../nbs/02_neoverse/06_reconstructor.ipynb #e77ec49e
 @dataclass(frozen=True)
 class ReconOutput:
     """What the reconstructor says about B clips of S frames.
@@ -703,8 +703,8 @@ class ReconOutput:
 
     def speeds(self) -> Float[Tensor, "batch frame height width"]:
         """max(‖v⁺‖, ‖v⁻‖) of every pixel, in scene units an interval; zeros without motion."""
-        sides = [side.norm(dim=-1) for side in (self.velocity_forward, self.velocity_backward) if side is not None]
-        return torch.stack(sides).amax(0) if sides else torch.zeros_like(self.depth)
+        sides = (self.velocity_forward, self.velocity_backward)
+        return torch.zeros_like(self.depth) if sides == (None, None) else speed_maps(*sides)
 
     def cameras(self, clip: int) -> Cameras:
         """The predicted cameras of one clip."""

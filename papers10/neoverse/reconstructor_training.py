@@ -7,18 +7,18 @@ Docs: https://papers10.github.io/papers10/02_neoverse/reconstructor_training.htm
 # %% auto #0
 __all__ = ['MOTION_KINDS', 'DEPTH_SETS', 'DEPTH_LICENCES', 'TABLE_S1', 'EVAL_LICENCES', 'DepthClip', 'fitted_size',
            'training_batch', 'load_tartanair', 'decoded_scene_flow', 'load_vkitti2', 'load_pointodyssey',
-           'load_npz_clips', 'save_npz_clip', 'static_clip', 'load_static', 'ReconstructionClips', 'collate',
+           'load_npz_clips', 'save_npz_clip', 'static_clip', 'load_static', 'ReconstructionClips',
            'ReconstructorTraining', 'named_folders', 'open_sets', 'start_model', 'objective', 'motion_numbers',
            'TrainedReconstructor', 'train_reconstructor', 'protocol_scenes', 'score_tracks', 'evaluate_full_scale',
            'from_parameters', 'needs', 'check', 'run_reconstruction']
 
-# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #2c2d3b52
+# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #8f628a69
 import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -35,13 +35,14 @@ from ..core.checkpoint import CheckpointMismatch
 from ..core.checks import check_choice, check_range
 from ..core.config import Config, from_mapping, to_mapping
 from ..core.config import replace as changed
-from ..core.loop import LoopConfig, TrainState, train
+from ..core.loop import TrainState
 from ..core.media import read_image, resize, to_float
 from ..core.optional import need
 from ..core.random import numpy_generator, seeded
+from ..core.results import write_atomic
 from ..lm.pretraining import FolderLog, check_machine, launch, own_device
 from .datasets import PosedFrames, load_dataset
-from .losses import ReconstructionBatch, ReconstructionLoss, room_batch, seen_by_keys
+from .losses import ReconstructionBatch, ReconstructionLoss, collate, room_batch, seen_by_keys
 from .reconstructor import NeoVerseReconstructor, ReconstructorConfig, ReconOutput
 from ..splat.cameras import check_poses, invert_poses, make_poses, unproject
 from ..splat.export import load_depth
@@ -467,7 +468,7 @@ TABLE_S1 = {"flow": {"PointOdyssey": 131, "DynamicReplica": 483, "Kubric": 5700,
             "partial": {"HOI4D": 3000, "CoP3D": 2800}, "static": {"DL3DV": 6400, "ScanNet++": 853, "ARKitScenes": 4500, "HyperSim": 457, "MapFree": 460}}
 """Clips of the paper's training sets (table S1; the two partial ones may be swapped there)."""
 
-# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #062eeb7e
+# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #03e2fdb6
 class ReconstructionClips:
     """Endless batches for the reconstructor; `state_dict` is the number of batches drawn.
 
@@ -547,11 +548,9 @@ class ReconstructionClips:
         self._ahead = {number: waiting for number, waiting in self._ahead.items() if number >= self.drawn}
 
 
-def collate(batches: Sequence[ReconstructionBatch]) -> ReconstructionBatch:
-    """One batch of several with the same frames."""
-    return ReconstructionBatch(*(torch.cat([getattr(batch, item.name) for batch in batches]) for item in fields(ReconstructionBatch)))
 
-# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #7f6ede21
+
+# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #21abcbc7
 class ReconstructorTraining(Config):
     """One training or evaluation of the reconstructor; the defaults are the paper's where it says them.
 
@@ -780,7 +779,7 @@ def train_reconstructor(settings: ReconstructorTraining | Mapping[str, Any], fol
     Source: paper, §3.1, equation 6 and supplement B; motion only where it is known, the numbers that are logged: our choice.
     """
     from papers10.lm.optim import schedule
-    from papers10.neoverse.full_scale import _gathered, build_optimizer
+    from papers10.neoverse.full_scale import _fit, build_optimizer
 
     settings = settings if isinstance(settings, ReconstructorTraining) else from_mapping(ReconstructorTraining, dict(settings))
     distributed.connect()
@@ -801,21 +800,15 @@ def train_reconstructor(settings: ReconstructorTraining | Mapping[str, Any], fol
         torch.cuda.reset_peak_memory_stats(device)
     # Static clips leave out the dynamic head, the others the static one.
     distributed.prepare(state, find_unused=True)
-    config = LoopConfig(steps=settings.iterations, accumulate=settings.accumulate, clip_norm=settings.clip_norm, log_every=settings.log_every, save_every=settings.save_every,
-                        amp="bf16" if settings.precision == "bfloat16" else None, max_seconds=settings.max_seconds, seed=settings.seed)
-    history = train(state, step_fn, config, run=log, name="reconstructor", after_step=[_gathered(settings)] if settings.optimizer == "zero" else [])
-    losses = [record["loss"] for record in history.records if record.get("loss") is not None]
-    tenth = max(1, len(losses) // 10)
+    history, result = _fit(state, step_fn, settings, log, "reconstructor", device)
     if distributed.rank() == 0:
         model.save_pretrained(Path(folder) / "model")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    result = {"loss": history.tail("loss"), "first_loss": sum(losses[:tenth]) / tenth if losses else None, **{name: history.tail(name) for name in ("epe_forward", "epe_backward", "alpha")}, "steps": state.step,
-              "skipped": history.skipped, "seconds_per_step": history.seconds / max(state.step, 1), "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-              "trained": trained, "frozen": model.num_parameters() - trained}
+    result |= {**{name: history.tail(name) for name in ("epe_forward", "epe_backward", "alpha")}, "trained": trained, "frozen": model.num_parameters() - trained}
     distributed.barrier()
     return log.finish(result)
 
-# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #b098edd5
+# %% ../../nbs/02_neoverse/18_reconstructor_training.ipynb #42bbeeaf
 _ROW_NAMES = {"vrnerf": "VRNeRF, 16 views", "scannetpp": "ScanNet++, 32 views", "adt": "ADT", "dycheck": "DyCheck", "drivetrack": "DriveTrack"}
 EVAL_LICENCES = {"vrnerf": "Eyeful Tower: CC-BY-NC-SA-4.0", "scannetpp": "ScanNet++ terms, non-commercial, by a form", "adt": "Aria Digital Twin terms of Meta, by a form", "dycheck": "Apache-2.0 as its code; see its page",
                  "realestate10k": "CC-BY-4.0 for the poses; the videos are their owners'", "dl3dv": "DL3DV-10K terms, non-commercial", "nvidia": "see its page before use", "drivetrack": "TAPVid-3D: annotations CC-BY-4.0 or as their sources; pictures under Waymo's terms, non-commercial"}
@@ -951,9 +944,7 @@ def evaluate_full_scale(settings: ReconstructorTraining | Mapping[str, Any], fol
                     failed[f"{kind}/{name}"] = f"{type(error).__name__}: {error}"
                     continue
                 done.parent.mkdir(parents=True, exist_ok=True)
-                part = done.with_suffix(".part")
-                part.write_text(json.dumps(found, indent=1))
-                part.replace(done)
+                write_atomic(done, json.dumps(found, indent=1))
             own = json.loads(done.read_text())["summary"]
             log.log(len(summaries), f"eval-{kind}", **own)
             summaries.append(own)

@@ -120,7 +120,7 @@ def _factor(name: str, values: Mapping[str, Any], share: float = 1.0) -> float:
         return 1 + share * (values["ratio"] - 1)
     return 1 - share * values["distance"] / values["depth"] if name == "dolly_zoom" else 1.0
 
-# %% ../../nbs/02_neoverse/12_trajectories.ipynb #4c19ba76
+# %% ../../nbs/02_neoverse/12_trajectories.ipynb #0849cedb
 class AppliedTrajectory(NamedTuple):
     """Cameras of the new film: camtoworlds [T, 4, 4], times [T] float64 in the source's unit, Ks [T, 3, 3] in pixels."""
 
@@ -150,6 +150,13 @@ def _numbers_between(values: Tensor, knots: Sequence[float], at: Tensor, kind: s
     return _between(carried, knots, at, kind)[:, 0, 3]
 
 
+def _only(where: str, entry: Any, wanted: str) -> tuple[Any, Any]:
+    """Key and value of a mapping with one entry."""
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise ValueError(f"{where}: expected {wanted}, got {entry!r}")
+    return next(iter(entry.items()))
+
+
 def _read_keyframes(keyframes: Any, num_frames: int, legacy: bool) -> list[tuple[int, list[tuple[str, dict[str, Any]]]]]:
     """Key frames as (frame, [(operation, numbers)]), checked; messages name key frame and operation."""
     if not isinstance(keyframes, Sequence) or isinstance(keyframes, (str, bytes)) or len(keyframes) < 2:
@@ -157,9 +164,7 @@ def _read_keyframes(keyframes: Any, num_frames: int, legacy: bool) -> list[tuple
     result = []
     for number, item in enumerate(keyframes):
         where = f"keyframes[{number}]"
-        if not isinstance(item, Mapping) or len(item) != 1:
-            raise ValueError(f"{where}: expected one frame number with its operations, {{\"40\": [...]}}, got {item!r}")
-        key, operations = next(iter(item.items()))
+        key, operations = _only(where, item, 'one frame number with its operations, {"40": [...]}')
         try:
             frame = int(key)
         except (TypeError, ValueError):
@@ -174,9 +179,7 @@ def _read_keyframes(keyframes: Any, num_frames: int, legacy: bool) -> list[tuple
         read = []
         for place, operation in enumerate(operations):
             here = f"{where}, operation {place}"
-            if not isinstance(operation, Mapping) or len(operation) != 1:
-                raise ValueError(f"{here}: expected one name with its numbers, {{\"pan_left\": {{\"angle\": 15}}}}, got {operation!r}")
-            name, given = next(iter(operation.items()))
+            name, given = _only(here, operation, 'one name with its numbers, {"pan_left": {"angle": 15}}')
             read.append((name, _read_operation(here, name, given, legacy=legacy)))
         result.append((frame, read))
     for number, frame, wanted in ((0, result[0][0], 0), (len(result) - 1, result[-1][0], num_frames - 1)):
@@ -564,7 +567,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: expected an .npz archive of numbers, got {error}") from None
 
-# %% ../../nbs/02_neoverse/12_trajectories.ipynb #1440c98d
+# %% ../../nbs/02_neoverse/12_trajectories.ipynb #7adb1fbf
 class Shake(NamedTuple):
     """Root mean square acceleration of a path: rotation in degrees per frame², position in scene units per frame²."""
 
@@ -588,7 +591,8 @@ def _mirrored(count: int, sigma: float) -> tuple[Tensor, Tensor]:
     reach = max(1, math.ceil(4 * sigma))
     offsets = torch.arange(-reach, reach + 1)
     place = (torch.arange(count)[:, None] + offsets) % (2 * count)
-    return torch.where(place < count, place, 2 * count - 1 - place), torch.exp(-offsets.double().square() / (2 * sigma * sigma)) / torch.exp(-offsets.double().square() / (2 * sigma * sigma)).sum()
+    weights = torch.exp(-offsets.double().square() / (2 * sigma * sigma))
+    return torch.where(place < count, place, 2 * count - 1 - place), weights / weights.sum()
 
 
 def _blend(first: Tensor, second: Tensor, share: float) -> Tensor:

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/splat/viewer.html.md"""
 # %% auto #0
 __all__ = ['static_page', 'show']
 
-# %% ../../nbs/shared/splat/viewer.ipynb #7db02e67
+# %% ../../nbs/shared/splat/viewer.ipynb #e04eb3e6
 import base64
 import html
 import json
@@ -24,6 +24,7 @@ from ..core.checks import check_choice, check_finite, check_range
 from ..core.optional import need
 from ..core.results import write_atomic
 from .cameras import Cameras, check_poses, frustum_lines
+from .export import increasing_times
 from .gaussians import Gaussians
 from .rotations import matrix_to_quat, quat_to_matrix
 
@@ -41,17 +42,6 @@ def _one(name: str, gaussians: Any) -> Gaussians:
         raise ValueError(f"{name}: expected three colour channels, got {own.colors.shape[-1]}")
     colors = own.base_colors()
     return own.replace(colors=colors.clamp(0, 1), sh=None, quats=torch.nn.functional.normalize(own.quats, dim=-1), extra={})
-
-
-def _times(times: Any, count: int | None = None) -> list[float]:
-    """Increasing finite numbers, one a set."""
-    values = [float(value) for value in times]
-    if not values or (count is not None and len(values) != count):
-        raise ValueError(f"times: expected {'at least one' if count is None else count}, got {len(values)}")
-    check_finite("times", np.array(values))
-    if any(b <= a for a, b in zip(values, values[1:])):
-        raise ValueError(f"times: expected increasing numbers, got {values[:8]}")
-    return values
 
 
 def _cameras(cameras: Any, camera_times: Any) -> tuple[Cameras | None, list[float] | None]:
@@ -84,7 +74,7 @@ def _first_view(sets: Sequence[Gaussians], cameras: Cameras | None = None) -> tu
     reach = float((high - low).norm()) / 2 + 2 * float(torch.cat([own.scales.amax(-1) for own in sets]).median())
     return ((low + high) / 2).tolist(), max(reach / (0.75 * math.tan(_FOV / 2)), 1e-6)
 
-# %% ../../nbs/shared/splat/viewer.ipynb #aed00a46
+# %% ../../nbs/shared/splat/viewer.ipynb #e6abe720
 _PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{TITLE}}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
@@ -277,7 +267,7 @@ def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[
     sets = [_one(f"sets[{number}]", some) for number, some in enumerate(sets)]
     if not sets:
         raise ValueError("sets: expected at least one set of Gaussians, got none")
-    values = _times(np.linspace(0, 1, len(sets)) if times is None else times, len(sets))
+    values = increasing_times(np.linspace(0, 1, len(sets)) if times is None else times, len(sets))
     cameras, camera_times = _cameras(cameras, camera_times)
     blobs, known = [], {}
 
@@ -307,7 +297,7 @@ def static_page(path, sets: Gaussians | Sequence[Gaussians], *, times: Sequence[
     write_atomic(path, _PAGE.replace("{{SCENE}}", json.dumps(scene, separators=(",", ":"))).replace("{{TITLE}}", html.escape(title)))
     return path
 
-# %% ../../nbs/shared/splat/viewer.ipynb #ebe290f2
+# %% ../../nbs/shared/splat/viewer.ipynb #d7d54fd5
 _OTHER, _NOW = (0, 114, 178), (213, 94, 0)
 
 
@@ -347,7 +337,7 @@ def show(gaussians_at: Gaussians | Callable[[float], Gaussians], *, times: Seque
         TypeError, ValueError: times that do not increase, a port outside 0..65535, cameras that are not rigid or not pinhole, or a first set that cannot be drawn; the server is not
             started then.
     """
-    values = _times(times)
+    values = increasing_times(times)
     check_range("port", port, 0, 65535)
     if not callable(gaussians_at) and not isinstance(gaussians_at, Gaussians):
         raise TypeError(f"gaussians_at: expected Gaussians or a function of the time, got {type(gaussians_at).__name__}")
