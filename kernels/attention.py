@@ -8,14 +8,15 @@ Docs: https://papers10.github.io/papers10/kernels/attention.html.md"""
 __all__ = ['MODES', 'SPEC', 'MaskSpec', 'key_range', 'attention_mask', 'required_offset', 'mask_mod', 'attention_reference',
            'attention', 'multi_attention']
 
-# %% ../nbs/kernels/attention.ipynb #8f76d510
+# %% ../nbs/kernels/attention.ipynb #406593d5
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from papers10.kernels.common import (
@@ -140,6 +141,53 @@ def mask_mod(spec: MaskSpec, *, q_start: int = 0, k_start: int = 0):
 
     return rule
 
+# %% ../nbs/kernels/attention.ipynb #8c1b48dc
+def _row_lengths(name: str, bounds: Tensor, total: int) -> list[int]:
+    """Lengths of the rows that `bounds` cuts `total` tokens into. Raises TypeError, ValueError."""
+    if not isinstance(bounds, Tensor) or bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {getattr(bounds, 'dtype', type(bounds).__name__)}")
+    places = bounds.tolist() if bounds.dim() == 1 else []
+    if not places or places[0] != 0 or places[-1] != total or any(b < a for a, b in zip(places, places[1:])):
+        raise ValueError(f"{name}: expected one dimension from 0 to {total} without a decrease, got {bounds.tolist()}")
+    return [b - a for a, b in zip(places, places[1:])]
+
+
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q, cu_seqlens_k, valid=None) -> list[tuple[int, int]]:
+    """(queries, keys) of every row. Raises as `attention` does."""
+    dims = check_shape("q", q, "T H D", {})
+    dims = check_shape("k", k, "S G D", dims)
+    check_shape("v", v, "S G V", dims)
+    if valid is not None:
+        raise ValueError("valid: expected None with packed rows, which have no padding")
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_q, cu_seqlens_k: expected both or neither")
+    lengths = [_row_lengths(*row) for row in (("cu_seqlens_q", cu_seqlens_q, dims["T"]), ("cu_seqlens_k", cu_seqlens_k, dims["S"]))]
+    if len(lengths[0]) != len(lengths[1]):
+        raise ValueError(f"cu_seqlens_k: expected {len(lengths[0])} rows as in cu_seqlens_q, got {len(lengths[1])}")
+    return list(zip(*lengths))
+
+
+def _by_rows(function, q, k, v, cu_seqlens_q, cu_seqlens_k, valid, most: int, options: dict) -> Tensor:
+    """`function` on groups of at most `most` neighbouring rows of equal lengths, each an ordinary batch."""
+    rows = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, valid)
+    outputs, query, key, row = [], 0, 0, 0
+    for (queries, keys), group in itertools.groupby(rows):
+        count = len(list(group))
+        for start in range(0, count, most):
+            size = min(most, count - start)
+            parts = [
+                tensor[at : at + size * length].unflatten(0, (size, length)).transpose(1, 2)
+                for tensor, at, length in ((q, query, queries), (k, key, keys), (v, key, keys))
+            ]
+            try:
+                outputs.append(function(*parts, **options).transpose(1, 2).flatten(0, 1))
+            except ValueError as problem:
+                raise ValueError(f"packed row {row}: {problem}") from None
+            query, key, row = query + size * queries, key + size * keys, row + size
+    if not outputs:
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
 # %% ../nbs/kernels/attention.ipynb #557391f7
 def _check(q: Tensor, k: Tensor, v: Tensor, valid) -> None:
     dims = check_shape("q", q, "B H Q D", {})
@@ -202,8 +250,13 @@ def attention_reference(
     valid: tuple[Tensor, Tensor] | None = None,
     q_start: int = 0,
     k_start: int = 0,
+    cu_seqlens_q: Int[Tensor, "rows_plus_one"] | None = None,
+    cu_seqlens_k: Int[Tensor, "rows_plus_one"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """The formula with every product written out; same arguments as `attention`, any floating dtype."""
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        options = {"mask": mask, "scale": scale, "q_start": q_start, "k_start": k_start}
+        return _by_rows(attention_reference, q, k, v, cu_seqlens_q, cu_seqlens_k, valid, 1, options)
     _check(q, k, v, valid)
     if q.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
@@ -666,18 +719,24 @@ def attention(
     valid: tuple[Tensor, Tensor] | None = None,
     q_start: int = 0,
     k_start: int = 0,
+    cu_seqlens_q: Int[Tensor, "rows_plus_one"] | None = None,
+    cu_seqlens_k: Int[Tensor, "rows_plus_one"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Softmax attention under an index rule.
 
     `q` [B, H, Tq, D]; `k`, `v` [B, G, Tk, D or Dv], G divides H (grouped queries); `mask` a `MaskSpec`, None = all
     keys; `scale` of the scores, default D^-1/2; `valid` (start [B], end [B]) positions that are not padding;
-    `q_start`, `k_start` position of the first query and key; `backend` "auto", "reference", "torch" or "triton" (CUDA;
+    `q_start`, `k_start` position of the first query and key; `cu_seqlens_q`, `cu_seqlens_k` int32 or int64 [B + 1] (on the
+    processor they cost no wait) for packed rows: `q` [T, H, D], `k`, `v` [S, G, D or Dv], result [T, H, Dv]; `backend` "auto", "reference", "torch" or "triton" (CUDA;
     one dtype for q, k, v, not float64; at most 256 channels; no second derivative). "auto" takes Triton on CUDA where
     PyTorch's kernels would need a mask tensor.
     Returns [B, H, Tq, Dv] in the dtype of q. Raises ValueError for shapes that do not fit or a query without any
     key, TypeError for other than floating tensors and for a dtype that the backend does not take.
     """
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        options = {"mask": mask, "scale": scale, "q_start": q_start, "k_start": k_start, "backend": backend}
+        return _by_rows(attention, q, k, v, cu_seqlens_q, cu_seqlens_k, valid, q.shape[0] + 1, options)
     _check(q, k, v, valid)
     grouped, queries, keys = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
     causal = mask is not None and mask.mode in ("causal", "frame_causal") and valid is None
@@ -721,25 +780,33 @@ def attention(
 def multi_attention(
     q: Float[Tensor, "batch heads queries width"],
     sets: list[tuple[Tensor, Tensor]],
-    weights: list[float],
+    weights: list[float] | Float[Tensor, "sets"],
     *,
     mask: MaskSpec | None = None,
     scale: float | None = None,
+    cu_seqlens_q: Int[Tensor, "rows_plus_one"] | None = None,
+    cu_seqlens_k: list[Tensor] | Tensor | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Weighted sum of the attention to several key/value sets, which may differ in length.
 
-    `sets` list of (k, v) as in `attention`; `weights` one number a set, sum not checked. Raises ValueError when
-    the lists differ in length or every weight is 0.
+    `sets` list of (k, v) as in `attention`; `weights` one number a set or a tensor [sets], which gets a gradient; the sum is
+    not checked. Packed rows as in `attention`: `cu_seqlens_k` one tensor a set, or one for all. A set of weight 0 is
+    not read. Raises ValueError when the lists differ in length, every weight is 0 or a row of a set that counts has no key.
     """
-    if len(sets) != len(weights):
-        raise ValueError(f"weights: expected {len(sets)} numbers, got {len(weights)}")
+    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if len(sets) != len(values):
+        raise ValueError(f"weights: expected {len(sets)} numbers, got {len(values)}")
+    bounds = cu_seqlens_k if isinstance(cu_seqlens_k, (list, tuple)) else [cu_seqlens_k] * len(sets)
+    if len(bounds) != len(sets):
+        raise ValueError(f"cu_seqlens_k: expected one tensor, or {len(sets)}, got {len(bounds)}")
+    needed = isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled()
     total = None
-    for (k, v), weight in zip(sets, weights):
-        if weight == 0:
+    for index, ((k, v), value, rows) in enumerate(zip(sets, values, bounds)):
+        if value == 0 and not needed:
             continue
-        part = attention(q, k, v, mask=mask, scale=scale, backend=backend)
-        part = part if weight == 1 else weight * part
+        part = attention(q, k, v, mask=mask, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=rows, backend=backend)
+        part = part * weights[index].to(part.dtype) if needed else part if value == 1 else value * part
         total = part if total is None else total + part
     if total is None:
         raise ValueError("weights: expected at least one that is not 0")
