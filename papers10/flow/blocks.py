@@ -135,19 +135,41 @@ class Attention(nn.Module):
             parts = (self.to_q(x), *self.to_kv(context).chunk(2, -1))
         return tuple(part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in parts)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor | None = None, key_positions: Tensor | None = None, mask: MaskSpec | None = None, valid=None) -> Float[Tensor, "batch tokens dim"]:
+    def prepare(self, q: Tensor, k: Tensor, *, positions: Tensor | None = None, key_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Norm and rotation of projected queries and keys [B, heads, N, head_dim]."""
+        return self._prepared(q, self.q_rms_norm, positions), self._prepared(k, self.k_rms_norm, key_positions)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor | None = None, key_positions: Tensor | None = None, mask: MaskSpec | None = None, valid=None,
+        cu_seqlens: Tensor | None = None, context_cu_seqlens: Tensor | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
         """Norm, rotation, attention and output of projected queries, keys and values."""
-        q, k = self._prepared(q, self.q_rms_norm, positions), self._prepared(k, self.k_rms_norm, key_positions)
-        return self.to_out(attention(q, k, v, mask=mask, valid=valid).transpose(1, 2).flatten(2))
+        q, k = self.prepare(q, k, positions=positions, key_positions=key_positions)
+        if cu_seqlens is None:
+            out = attention(q, k, v, mask=mask, valid=valid).transpose(1, 2)
+        else:
+            if valid is not None or q.shape[0] != 1:
+                raise ValueError(f"cu_seqlens: expected packed tokens [1, T, dim] without valid ranges, got a batch of {q.shape[0]}{'' if valid is None else ' with valid'}")
+            q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
+            out = attention(q, k, v, mask=mask, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens if context_cu_seqlens is None else context_cu_seqlens)[None]
+        return self.to_out(out.flatten(2))
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], context: Float[Tensor, "batch keys context_dim"] | None = None, *, positions: Tensor | None = None,
-        key_positions: Tensor | None = None, mask: MaskSpec | None = None, valid: tuple[Tensor, Tensor] | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """positions: [N] or [B, N] for "1d", [N, 3] or [B, N, 3] for "3d"; key_positions: of the context. mask, valid: of `kernels.attention`."""
+        key_positions: Tensor | None = None, mask: MaskSpec | None = None, valid: tuple[Tensor, Tensor] | None = None, cu_seqlens: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
+        """positions: [N] or [B, N] for "1d", [N, 3] or [B, N, 3] for "3d"; key_positions: of the context. mask, valid: of `kernels.attention`.
+
+        cu_seqlens [S + 1]: x is [1, T, dim], the tokens of S samples one after the other, sample s in rows cu_seqlens[s] to cu_seqlens[s + 1]; context_cu_seqlens: the same
+        of the context [1, K, context_dim].
+        """
         if self._type == "self":
             key_positions = positions
-        return self.attend(*self.project(x, context), positions=_per_head(positions, self.rope), key_positions=_per_head(key_positions, self.rope), mask=mask, valid=valid)
+        return self.attend(
+            *self.project(x, context), positions=_per_head(positions, self.rope), key_positions=_per_head(key_positions, self.rope), mask=mask, valid=valid,
+            cu_seqlens=cu_seqlens, context_cu_seqlens=context_cu_seqlens,
+        )  # fmt: skip
 
 
 def _per_head(positions: Tensor | None, rope: str | None) -> Tensor | None:
@@ -221,19 +243,23 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], time: Tensor, *, context: Tensor | None = None, positions: Tensor | None = None, context_positions: Tensor | None = None,
         mask: MaskSpec | None = None, cross_mask: MaskSpec | None = None, valid: tuple[Tensor, Tensor] | None = None, context_valid: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None, context_cu_seqlens: Tensor | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
-        """x after the block. time: τ, or the shared modulation. context: of cross-attention, refused without one. Masks and valid ranges as in `kernels.attention`."""
+        """x after the block. time: τ, or the shared modulation. context: of cross-attention, refused without one. Masks and valid ranges as in `kernels.attention`.
+
+        cu_seqlens, context_cu_seqlens: x and context are packed samples, as in `Attention`; time is then one a token (per_token_time).
+        """
         if (context is None) != (self.cross is None):
             raise ValueError(f"context: expected {'None without cross-attention' if self.cross is None else 'what cross-attention reads'}, got {'None' if context is None else 'a tensor'}")
         modulation = time if self.modulation is None else self.modulation(time)
         parts = _chunks(modulation, self.chunks, self.dim, x, self.per_token_time)
         shift, scale, gate = parts[:3]
-        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift, positions=positions, mask=mask, valid=valid)
+        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift, positions=positions, mask=mask, valid=valid, cu_seqlens=cu_seqlens)
         if self.cross:
             inputs = self.norm_cross(x)
             if self.cross == "modulated":
                 inputs = inputs * (1 + parts[4]) + parts[3]
-            out = self.cross_attn(inputs, context, positions=positions, key_positions=context_positions, mask=cross_mask, valid=context_valid)
+            out = self.cross_attn(inputs, context, positions=positions, key_positions=context_positions, mask=cross_mask, valid=context_valid, cu_seqlens=cu_seqlens, context_cu_seqlens=context_cu_seqlens)
             x = x + (parts[5] * out if self.cross == "modulated" else out)
         shift, scale, gate = parts[-3:]
         return x + gate * self.mlp(self.norm2(x) * (1 + scale) + shift)
