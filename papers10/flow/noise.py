@@ -119,9 +119,14 @@ def check_coords(name: str, coords: Int[Tensor, "voxel axes"], resolution: int, 
         row = int(wrong.nonzero()[0])
         raise ValueError(f"{name}: expected places in [0, {resolution}) and batch >= 0, got {coords[row].tolist()} in row {row} and {int(wrong.sum()) - 1} more such rows")
     if unique:
-        rows, counts = torch.unique(coords, dim=0, return_counts=True)
-        if len(rows) < len(coords):
-            raise ValueError(f"{name}: expected each voxel once, got {rows[counts.argmax()].tolist()} {int(counts.max())} times ({len(coords) - len(rows)} rows too many)")
+        places = coords.long()
+        batch = places[:, 0] if coords.shape[1] == 4 else torch.zeros_like(places[:, 0])
+        # One number a row is sorted many times faster than rows are.
+        order = torch.sort(((batch * resolution + places[:, -3]) * resolution + places[:, -2]) * resolution + places[:, -1])
+        twice = order.values[1:] == order.values[:-1]
+        if bool(twice.any()):
+            row = int(order.indices[1:][twice][0])
+            raise ValueError(f"{name}: expected each voxel once, got {coords[row].tolist()} again in row {row} and {int(twice.sum()) - 1} more such rows")
     return coords
 
 # %% ../../nbs/shared/flow/noise.ipynb #d6afe407
