@@ -949,7 +949,29 @@ def turn_up(thing: Mesh | Gaussians | Tensor, src: str, dst: str) -> Mesh | Gaus
     check_shape("thing", thing, "* 3")
     return thing @ rotation.T.to(thing)
 
-# %% ../../nbs/shared/splat/export.ipynb #812a5068
+# %% ../../nbs/shared/splat/export.ipynb #bbeb302a
+def _glb_meshes(parts: Mapping[str, Any], path) -> tuple[dict[str, Any], bytes]:
+    """JSON and binary part of a GLB file with a node for each mesh, and one material that is no metal, which glTF's own would be, and has two sides."""
+    trimesh = need("trimesh", "splat", "GLB files")
+    scene = trimesh.Scene()
+    for name, part in parts.items():
+        scene.add_geometry(part, node_name=name, geom_name=name)
+    tree, blob = _glb_parts(trimesh.exchange.gltf.export_glb(scene, include_normals=True), path)
+    tree["materials"] = [{"name": "matt", "doubleSided": True, "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
+    for mesh in tree["meshes"]:
+        for primitive in mesh["primitives"]:
+            primitive["material"] = 0
+    return tree, blob
+
+
+def _glb_bytes(tree: dict[str, Any], blob: bytes) -> bytes:
+    blob += b"\0" * (-len(blob) % 4)
+    tree["buffers"] = [{"byteLength": len(blob)}]
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 4)
+    return b"".join([struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(blob)), struct.pack("<I4s", len(text), b"JSON"), text, struct.pack("<I4s", len(blob), b"BIN\0"), blob])
+
+
 _UP_COMMENT = "papers10 up "
 
 
@@ -992,8 +1014,7 @@ def save_mesh(path, mesh: Mesh, *, up: str = "z") -> Path:
     check_choice("path", path.suffix, (".ply", ".obj", ".glb"))
     check_choice("up", up, UPS)
     if path.suffix == ".glb":
-        trimesh = need("trimesh", "splat", "GLB files")
-        return _write(path, trimesh.exchange.gltf.export_glb(trimesh.Scene({"mesh": _glb_part(mesh, up)}), include_normals=True))
+        return _write(path, _glb_bytes(*_glb_meshes({"mesh": _glb_part(mesh, up)}, path)))
     vertices, colors, faces, normals = _mesh_arrays(mesh)
     if path.suffix == ".obj":
         return _write(path, _obj(vertices, colors, faces, _UP_COMMENT + up, normals))
@@ -1076,21 +1097,19 @@ def save_animated_glb(path, meshes: Sequence[Mesh], *, fps: float, up: str = "z"
 
     Source: our choice; the fork r42-chun/MorphAny3D writes one file a frame.
     """
-    trimesh = need("trimesh", "splat", "GLB files")
     path = Path(path)
     check_choice("path", path.suffix, (".glb",))
     check_choice("up", up, UPS)
     check_range("fps", fps, 0, open=True)
     if not len(meshes):
         raise ValueError("meshes: expected at least one mesh, got none")
-    scene = trimesh.Scene()
+    parts = {}
     for number, mesh in enumerate(meshes):
         try:
-            part = _glb_part(mesh, up)
+            parts[f"frame_{number:05d}"] = _glb_part(mesh, up)
         except (TypeError, ValueError) as error:
             raise type(error)(f"meshes[{number}]: {error}") from None
-        scene.add_geometry(part, node_name=f"frame_{number:05d}", geom_name=f"frame_{number:05d}")
-    tree, blob = _glb_parts(trimesh.exchange.gltf.export_glb(scene, include_normals=True), path)
+    tree, blob = _glb_meshes(parts, path)
     tree["animations"] = [{"name": "frames", "samplers": [], "channels": []}]
     places = {node.get("name"): place for place, node in enumerate(tree["nodes"])}
     count, last = len(meshes), len(meshes) - 1
@@ -1114,14 +1133,6 @@ def save_animated_glb(path, meshes: Sequence[Mesh], *, fps: float, up: str = "z"
         tree["animations"][0]["channels"].append({"sampler": number, "target": {"node": places[f"frame_{number:05d}"], "path": "scale"}})
     tree["asset"]["extras"] = {"papers10": {"fps": float(fps)}}
     return _write(path, _glb_bytes(tree, blob))
-
-
-def _glb_bytes(tree: dict[str, Any], blob: bytes) -> bytes:
-    tree["buffers"] = [{"byteLength": len(blob)}]
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 4)
-    blob += b"\0" * (-len(blob) % 4)
-    return b"".join([struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(blob)), struct.pack("<I4s", len(text), b"JSON"), text, struct.pack("<I4s", len(blob), b"BIN\0"), blob])
 
 # %% ../../nbs/shared/splat/export.ipynb #763c3815
 def load_animated_glb(path, *, up: str = "z") -> MeshAnimation:

@@ -98,23 +98,37 @@ class Mesh(NamedTuple):
 
     @staticmethod
     def from_trimesh(mesh: Any, *, dtype: torch.dtype = torch.float32) -> "Mesh":
-        """The mesh of a `trimesh.Trimesh`, or all meshes of a `trimesh.Scene` in one. Textures and colours of faces become colours of vertices.
+        """The mesh of a `trimesh.Trimesh`, or all meshes of a `trimesh.Scene` in one. Textures, plain materials and colours of faces become colours of vertices.
 
         Raises:
             TypeError: neither. ValueError: nothing but points or lines in it.
         """
         trimesh = need("trimesh", "splat", "Mesh.from_trimesh")
         if isinstance(mesh, trimesh.Scene):
-            parts = [part for part in mesh.dump() if isinstance(part, trimesh.Trimesh)]
+            parts = []
+            for node in mesh.graph.nodes_geometry:
+                matrix, name = mesh.graph[node]
+                if isinstance(mesh.geometry[name], trimesh.Trimesh):
+                    part, place = Mesh.from_trimesh(mesh.geometry[name], dtype=torch.float64), torch.from_numpy(matrix)
+                    # A mirror image turns triangles inside out.
+                    faces = part.faces.flip(1) if float(torch.linalg.det(place[:3, :3])) < 0 else part.faces
+                    parts.append(part._replace(vertices=part.vertices @ place[:3, :3].T + place[:3, 3], faces=faces))
             if not parts:
                 raise ValueError(f"mesh: expected triangles in the scene, got {', '.join(type(part).__name__ for part in mesh.geometry.values()) or 'nothing'}")
-            return join_meshes([Mesh.from_trimesh(part, dtype=dtype) for part in parts])
+            return join_meshes(parts).to(dtype)
         if not isinstance(mesh, trimesh.Trimesh):
             raise TypeError(f"mesh: expected trimesh.Trimesh or trimesh.Scene, got {type(mesh).__name__}")
-        colors = None
-        if mesh.visual.defined:
-            shades = mesh.visual.to_color() if mesh.visual.kind == "texture" else mesh.visual
-            colors = torch.tensor(shades.vertex_colors[:, :3]).to(dtype) / 255
+        shades = None
+        if mesh.visual.kind == "texture":
+            material = mesh.visual.material
+            shades = mesh.visual.vertex_attributes.get("color")
+            if shades is None and mesh.visual.uv is not None and (getattr(material, "image", None) or getattr(material, "baseColorTexture", None)) is not None:
+                shades = mesh.visual.to_color().vertex_colors
+            elif shades is None and getattr(material, "baseColorFactor", material) is not None:
+                shades = torch.tensor(material.main_color).expand(len(mesh.vertices), -1).numpy()
+        elif mesh.visual.defined:
+            shades = mesh.visual.vertex_colors
+        colors = None if shades is None else torch.tensor(shades[:, :3]).to(dtype) / (255 if shades.dtype.kind == "u" else 1)
         return Mesh(torch.tensor(mesh.vertices).to(dtype), torch.tensor(mesh.faces).long(), colors).check()
 
 # %% ../../nbs/shared/splat/meshes.ipynb #655e9851
