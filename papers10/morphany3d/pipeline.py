@@ -179,8 +179,12 @@ class TinyAdapter:
         from papers10.morphany3d import latents
 
         one = latents.SparseLatent(torch.cat((torch.zeros_like(coords[:, :1]), coords[:, 1:]), 1), features["slat"])
-        makers = {"mesh": latents.decode_mesh, "gaussian": latents.decode_gaussians, "radiance": latents.decode_radiance}
-        return {name: makers[check_choice("formats", name, FORMATS)](logits, one) for name in formats}
+        makers = {
+            "mesh": lambda: latents.decode_mesh(logits, one),
+            "gaussian": lambda: latents.decode_gaussians(one, self.resolution),
+            "radiance": lambda: latents.decode_radiance(logits, one),
+        }
+        return {name: makers[check_choice("formats", name, FORMATS)]() for name in formats}
 
 # %% ../../nbs/06_morphany3d/08_pipeline.ipynb #9c5e2826
 @dataclass(frozen=True)
