@@ -95,12 +95,11 @@ def _occupancy(places: Tensor, resolution: int) -> Bool[Tensor, "R R R"]:
     return grid
 
 
-def _squared_distances(places: Tensor, resolution: int) -> Int[Tensor, "R R R"]:
-    """Squared distance from every place of the grid to the nearest of `places`, in voxels: whole numbers."""
-    from scipy.ndimage import distance_transform_edt
+def _transform(places: Tensor, resolution: int) -> Float[Tensor, "R R R"]:
+    """Squared distance from every place of the grid to the nearest of `places`, in voxels: whole numbers in float64."""
+    from papers10.splat.geometry import distance_transform
 
-    distance = distance_transform_edt(~_occupancy(places, resolution).numpy())
-    return torch.from_numpy(np.rint(distance**2)).long()
+    return distance_transform(_occupancy(places, resolution))[0]
 
 
 def _look_up(table: Tensor, places: Tensor) -> int:
@@ -138,27 +137,32 @@ def orientation_correct(
     Raises EmptyStructureError for no voxels; ValueError for voxels outside the grid, twice, or of several samples.
     Source: paper, orientation correction; official code, `trellis_image_to_3d.py` (there with a full table of distances).
     """
+    turns = _check_options(resolution, angles, margin, criterion)
+    now, before = _one_sample("coords", coords, resolution, frame, alpha), _one_sample("previous", previous, resolution, None, None)
+    tables = [_transform(places, resolution) for places in (now, before)] if criterion == "chamfer" else []
+    return _decide(now, before, resolution, turns, margin, tables)
+
+
+def _check_options(resolution: int, angles: Sequence[int], margin: float, criterion: str) -> list[int]:
     check_range("resolution", resolution, 2)
     check_choice("criterion", criterion, CRITERIA)
-    check_range("margin", margin, 0.0, 1.0)
-    if margin == 1:
+    if check_range("margin", margin, 0.0, 1.0) == 1:
         raise ValueError("margin: expected a number in [0, 1), got 1, at which no turn is ever taken")
-    turns = _turns(angles)
-    now, before = _one_sample("coords", coords, resolution, frame, alpha), _one_sample("previous", previous, resolution, None, None)
-    if criterion == "chamfer":
-        from_before, from_now = _squared_distances(before, resolution), _squared_distances(now, resolution)
-        exact = [
-            _look_up(from_before, _turned(now, k, resolution)) * len(before) + _look_up(from_now, _turned(before, -k, resolution)) * len(now)
-            for k in turns
-        ]
+    return _turns(angles)
+
+
+def _decide(now: Tensor, before: Tensor, resolution: int, turns: list[int], margin: float, tables: list[Tensor]) -> Orientation:
+    """tables: distance transforms of both frames, or none for the overlap. Costs are compared as whole numbers, so ties are exact."""
+    if tables:
+        exact = [_look_up(tables[1], _turned(now, k, resolution)) * len(before) + _look_up(tables[0], _turned(before, -k, resolution)) * len(now) for k in turns]
         costs = [value / (len(now) * len(before) * (resolution - 1) ** 2) for value in exact]
     else:
         there = _occupancy(before, resolution)
         exact = [-_look_up(there, _turned(now, k, resolution)) for k in turns]
         costs = [1 + common / (len(now) + len(before) + common) for common in exact]
-    best = min(range(len(turns)), key=lambda i: (exact[i], turns[i]))
-    if costs[best] >= (1 - margin) * costs[turns.index(0)]:
-        best = turns.index(0)
+    best, none = min(range(len(turns)), key=lambda i: (exact[i], turns[i])), turns.index(0)
+    if costs[best] >= (1 - margin) * costs[none]:
+        best = none
     return Orientation(turns[best], torch.tensor(costs, dtype=torch.float64))
 
 # %% ../../nbs/06_morphany3d/07_orientation.ipynb #b210dd77
@@ -172,17 +176,20 @@ def correct_sequence(
     """
     if not isinstance(volumes, Tensor) or volumes.ndim != 4 or len({*volumes.shape[1:]}) != 1:
         raise ValueError(f"volumes: expected shape [N, R, R, R], got {list(volumes.shape) if isinstance(volumes, Tensor) else type(volumes).__name__}")
-    turned, decisions, previous = [], [], None
+    resolution = volumes.shape[1]
+    turns = _check_options(resolution, angles, margin, criterion)
+    turned, decisions, before = [], [], None
     for frame, volume in enumerate(volumes):
-        places = (volume > level).nonzero()
-        if previous is None:
-            _one_sample("volumes", places, volume.shape[0], frame, None)
-            decision = Orientation(0, torch.full((len(_turns(angles)),), torch.nan, dtype=torch.float64))
+        now = _one_sample("volumes", (volume > level).nonzero(), resolution, frame, None)
+        table = _transform(now, resolution) if criterion == "chamfer" else None
+        if before is None:
+            decision = Orientation(0, torch.full((len(turns),), torch.nan, dtype=torch.float64))
         else:
-            decision = orientation_correct(places, previous, volume.shape[0], angles=angles, margin=margin, criterion=criterion, frame=frame)
-        turned.append(rotate_grid_yaw(volume, decision.turns) if decision.turns else volume)
-        previous = (turned[-1] > level).nonzero()
+            decision = _decide(now, before[0], resolution, turns, margin, [] if table is None else [table, before[1]])
         decisions.append(decision)
+        turned.append(rotate_grid_yaw(volume, decision.turns))
+        # The transform of a turned frame is the turned transform.
+        before = _turned(now, decision.turns, resolution), None if table is None else rotate_grid_yaw(table, decision.turns)
     return (torch.stack(turned) if turned else volumes.clone()), decisions
 
 # %% ../../nbs/06_morphany3d/07_orientation.ipynb #09619a0d
@@ -195,12 +202,14 @@ def orientation_jumps(coords_seq: Sequence[Int[Tensor, "voxel axes"]], resolutio
     """
     if len(coords_seq) < 2:
         raise ValueError(f"coords_seq: expected at least 2 frames, got {len(coords_seq)}")
-    found = []
-    for frame in range(1, len(coords_seq)):
-        if not len(coords_seq[frame - 1]):
-            raise EmptyStructureError(frame - 1, name="coords_seq")
-        decision = orientation_correct(coords_seq[frame], coords_seq[frame - 1], resolution, margin=margin, criterion=criterion, frame=frame)
-        found.append(-decision.turns % 4)
+    turns = _check_options(resolution, ANGLES, margin, criterion)
+    found, before = [], None
+    for frame, coords in enumerate(coords_seq):
+        now = _one_sample("coords_seq", coords, resolution, frame, None)
+        table = _transform(now, resolution) if criterion == "chamfer" else None
+        if before is not None:
+            found.append(-_decide(now, before[0], resolution, turns, margin, [] if table is None else [table, before[1]]).turns % 4)
+        before = now, table
     return found
 
 # %% ../../nbs/06_morphany3d/07_orientation.ipynb #0bdd9195
