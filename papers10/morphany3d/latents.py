@@ -39,7 +39,7 @@ class TinySSVAE(nn.Module):
     Source: our choice (TRELLIS: a 3D convolutional VAE from 64³ to 8 channels on 16³).
     """
 
-    def __init__(self, channels: int = 16, hidden: int = 64, resolution: int = 16):
+    def __init__(self, channels: int = 8, hidden: int = 96, resolution: int = 16):
         super().__init__()
         check_range("channels", channels, 1)
         check_range("hidden", hidden, 1)
@@ -74,7 +74,7 @@ class TinySSVAE(nn.Module):
         check_shape("latent", latent, "B " + " ".join(map(str, self.latent_shape)))
         return self._grid(self.decoder(latent * self.scale[:, None, None, None] + self.shift[:, None, None, None]))
 
-    def loss(self, tsdf: Float[Tensor, "batch R R R"], *, sign: float = 0.3, divergence: float = 1e-4, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(self, tsdf: Float[Tensor, "batch R R R"], *, sign: float = 0.3, divergence: float = 3e-5, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Terms of the training loss, `loss` their sum; works on the code before shift and scale."""
         mean, log_variance = self.posterior(tsdf)
         code = mean + torch.randn(mean.shape, generator=generator).to(mean) * (0.5 * log_variance).exp()
@@ -271,12 +271,12 @@ def refined_logits(logits: Float[Tensor, "R R R"], latent: SparseLatent) -> Floa
 
 
 def _sampled(grid: Tensor, points: Tensor) -> Tensor:
-    """Trilinear values [n, C] of a grid [R, R, R, C] at points [n, 3] of the world; 0 beyond it."""
+    """Trilinear values [n, C] of a grid [R, R, R, C] at points [n, 3] of the world; beyond the outermost centres the values there."""
     places = 2 * points.flip(-1)[None, None, None]
-    return F.grid_sample(grid.movedim(-1, 0)[None], places.to(grid), align_corners=False)[0, :, 0, 0].T
+    return F.grid_sample(grid.movedim(-1, 0)[None], places.to(grid), align_corners=False, padding_mode="border")[0, :, 0, 0].T
 
 
-def decode_mesh(logits: Float[Tensor, "R R R"], latent: SparseLatent, *, refine: bool = True, upsample: int = 2) -> Mesh:
+def decode_mesh(logits: Float[Tensor, "R R R"], latent: SparseLatent, *, refine: bool = True, upsample: int = 1) -> Mesh:
     """Coloured triangles of one object.
 
     Args:
@@ -312,7 +312,7 @@ def decode_gaussians(latent: SparseLatent, resolution: int = 16) -> Gaussians:
     """One surfel for each active voxel of one object.
 
     Args: latent: of one object. resolution: R of its grid.
-    Returns: Gaussians with spherical harmonics of degree 0, scales (0.6, 0.6, 0.25)/R along the normal (0.5/R in all directions where it is unknown), opacity 0.95.
+    Returns: Gaussians with spherical harmonics of degree 0, scales (0.6, 0.6, 0.25)/R along the normal (0.6/R in all directions where it is unknown), opacity 0.95.
     Raises: ValueError. Source: spec of the small reproduction.
     """
     check_range("resolution", resolution, 1)
@@ -323,7 +323,7 @@ def decode_gaussians(latent: SparseLatent, resolution: int = 16) -> Gaussians:
     turn = torch.stack([1 + z, -y, x, torch.zeros_like(z)], -1)
     # Straight down, any half turn about a horizontal axis will do.
     turn = torch.where((z < -1 + 1e-6)[:, None], turn.new_tensor([0.0, 1.0, 0.0, 0.0]), turn)
-    flat, round_ = normal.new_tensor([0.6, 0.6, 0.25]) / resolution, normal.new_tensor([0.5, 0.5, 0.5]) / resolution
+    flat, round_ = normal.new_tensor([0.6, 0.6, 0.25]) / resolution, normal.new_tensor([0.6, 0.6, 0.6]) / resolution
     return Gaussians(means, F.normalize(turn, dim=-1), torch.where(known, flat, round_), normal.new_full((len(normal),), 0.95), sh=((features.color - 0.5) / SH0)[:, None])
 
 # %% ../../nbs/06_morphany3d/02_latents.ipynb #b48367fb
@@ -375,7 +375,7 @@ class RadianceField:
         return (weight[..., None] * values[..., :3]).sum(1), torch.where(alpha > 0, depth, torch.zeros_like(depth)), alpha
 
 
-def decode_radiance(logits: Float[Tensor, "R R R"], latent: SparseLatent, *, density: float = 200.0, sharpness: float = 16.0, refine: bool = True, upsample: int = 3) -> RadianceField:
+def decode_radiance(logits: Float[Tensor, "R R R"], latent: SparseLatent, *, density: float = 100.0, sharpness: float = 24.0, refine: bool = True, upsample: int = 3) -> RadianceField:
     """Radiance field of one object.
 
     Args:
