@@ -109,7 +109,7 @@ class Mesh(NamedTuple):
             for node in mesh.graph.nodes_geometry:
                 matrix, name = mesh.graph[node]
                 if isinstance(mesh.geometry[name], trimesh.Trimesh):
-                    part, place = Mesh.from_trimesh(mesh.geometry[name], dtype=torch.float64), torch.from_numpy(matrix)
+                    part, place = Mesh.from_trimesh(mesh.geometry[name], dtype=torch.float64), torch.tensor(matrix)
                     # A mirror image turns triangles inside out.
                     faces = part.faces.flip(1) if float(torch.linalg.det(place[:3, :3])) < 0 else part.faces
                     parts.append(part._replace(vertices=part.vertices @ place[:3, :3].T + place[:3, 3], faces=faces))
