@@ -7,13 +7,14 @@ Docs: https://papers10.github.io/papers10/06_morphany3d/backbone.html.md"""
 # %% auto #0
 __all__ = ['SIGMA_MIN', 'STAGES', 'TinyConfig', 'position_code', 'ImageEncoder', 'LabelEncoder', 'TinySSFlow', 'TinySLatFlow',
            'TinyBackbone', 'new_tiny', 'sample_ss', 'sample_slat', 'generate', 'tiny_step', 'train_tiny', 'shipped',
-           'save', 'load', 'about']
+           'save', 'load', 'about', 'nearest_shape', 'evaluate_tiny', 'tiny_trial']
 
 # %% ../../nbs/06_morphany3d/03_backbone.ipynb #5b9ad4f5
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..flow.guidance import Guidance, batched
 from ..flow.sampler import euler
 from ..flow.schedule import flow_loss, noised, sample_sigma, sigma_grid
 from .latents import SLAT_CHANNELS, SparseLatent, TinySSVAE, active_voxels, decode_slat, encode_slat
-from .shapes import CATEGORIES, ProceduralShapes
+from .shapes import CANONICAL, CATEGORIES, ProceduralShapes
 
 SIGMA_MIN = 1e-5
 STAGES = ("vae", "ss", "slat", "flows")
@@ -201,22 +202,23 @@ def new_tiny(seed: int = 0, config: TinyConfig = TinyConfig()) -> TinyBackbone:
 # %% ../../nbs/06_morphany3d/03_backbone.ipynb #869ed65f
 def sample_ss(
     model: TinyBackbone, noise: Float[Tensor, "batch C r r r"], condition: Float[Tensor, "batch tokens width"], *, steps: int = 25, shift: float = 3.0, weight: float = 3.0,
-    interval: tuple[float, float] = (0.5, 1.0),
+    interval: tuple[float, float] = (0.5, 1.0), callback: Callable | None = None,
 ) -> Float[Tensor, "batch C r r r"]:
     """Latents of structures from noise.
 
     noise: standard normal. condition: of as many objects. steps, shift: of `flow.schedule.sigma_grid`. weight: w of the guidance, 0 is none; interval: levels where it works.
+    callback: as in `flow.sampler.euler`.
     Source: TRELLIS' sampler and defaults (w = 5 there, 3 here).
     """
     guidance = Guidance(1 + weight, tuple(interval), sigma_min=SIGMA_MIN)
     network = lambda x, sigma, condition: model.ss_flow(x, sigma, condition)  # noqa: E731
     with torch.no_grad():
-        return euler(batched(network, {"condition": condition}), noise, sigma_grid(steps, shift), guidance=guidance)
+        return euler(batched(network, {"condition": condition}), noise, sigma_grid(steps, shift), guidance=guidance, callback=callback)
 
 
 def sample_slat(
     model: TinyBackbone, noise: SparseLatent, condition: Float[Tensor, "batch tokens width"], *, steps: int = 25, shift: float = 3.0, weight: float = 3.0,
-    interval: tuple[float, float] = (0.5, 1.0),
+    interval: tuple[float, float] = (0.5, 1.0), callback: Callable | None = None,
 ) -> SparseLatent:
     """Features (as the decoders read them) from noise on active voxels; arguments as `sample_ss`."""
     guidance = Guidance(1 + weight, tuple(interval), sigma_min=SIGMA_MIN)
@@ -228,7 +230,7 @@ def sample_slat(
         return model.slat_flow(latent, sigma, given).feats.unflatten(0, (len(branches), len(feats)))
 
     with torch.no_grad():
-        return noise.replace(model.denormalise(euler(velocity, noise.feats, sigma_grid(steps, shift), guidance=guidance)))
+        return noise.replace(model.denormalise(euler(velocity, noise.feats, sigma_grid(steps, shift), guidance=guidance, callback=callback)))
 
 
 def generate(model: TinyBackbone, condition: Float[Tensor, "batch tokens width"], *, seed: int = 0, **options) -> tuple[Float[Tensor, "batch R R R"], SparseLatent]:
@@ -335,7 +337,7 @@ def train_tiny(
     if dataset.resolution != model.config.resolution:
         raise ValueError(f"dataset: expected shapes on {model.config.resolution}³ voxels, got {dataset.resolution}³")
     draw = generator(seed, "tiny training", stage)
-    recipe = {"stage": stage, "of": steps, "seed": seed, "shapes": len(dataset), "data_seed": dataset.seed, "p_rotated": dataset.p_rotated, "batch": batch, "slat_batch": slat_batch, "rate": rate}
+    recipe = {"stage": stage, "of": steps, "seed": seed, "shapes": len(dataset), "data_seed": dataset.seed, "p_rotated": dataset.p_rotated, "batch": batch, "slat_batch": slat_batch, "rate": rate, "ema": ema}
     batches = _Batches(model, stage, dataset, draw, batch, slat_batch)
     trained = {"vae": [model.ss_vae], "ss": [model.ss_flow, model.image_encoder, model.label_encoder], "slat": [model.slat_flow],
                "flows": [model.ss_flow, model.slat_flow, model.image_encoder, model.label_encoder]}[stage]
@@ -348,14 +350,15 @@ def train_tiny(
             return state.model.ss_vae.loss(made["tsdf"].to(state.model.device), generator=draw)
         return tiny_step(state.model, made)
 
-    begun = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    chosen = {id(parameter) for parameter in parameters}
+    begun = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if id(parameter) in chosen}
 
     def kept(state: TrainState) -> TinyBackbone:
         """A copy with the moving average, without the share that the first weights still have in it."""
         rest, copied = ema**state.step, copy.deepcopy(model)
         with torch.no_grad():
-            for name, parameter in copied.named_parameters():
-                parameter.copy_((state.average[name] - rest * begun[name]) / (1 - rest))
+            for name, first in begun.items():
+                copied.get_parameter(name).copy_((state.average[name] - rest * first) / (1 - rest))
         return copied
 
     def after(state: TrainState) -> None:
@@ -364,7 +367,7 @@ def train_tiny(
         if out is not None and state.step % every == 0 and state.step < steps:
             save(kept(state), out, recipe={**recipe, "steps": state.step})
 
-    frozen = [parameter for parameter in model.parameters() if all(parameter is not other for other in parameters)]
+    frozen = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     wanted = [parameter.requires_grad for parameter in frozen]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -400,6 +403,7 @@ def save(model: TinyBackbone, path: str | Path, *, recipe: dict[str, Any] | None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     said = {"made_by": "papers10.morphany3d.backbone.train_tiny", "config": json.dumps(asdict(model.config)), "recipe": json.dumps(recipe or {}), "curve": json.dumps(list(curve))}
+    # A reader never meets half a file.
     fresh = path.with_suffix(".part")
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, fresh, said)
     fresh.replace(path)
@@ -432,3 +436,69 @@ def about(path: str | Path | None = None) -> dict[str, Any]:
     with safe_open(shipped() if path is None else Path(path), "pt") as file:
         said = file.metadata() or {}
     return {name: json.loads(value) if name in ("config", "recipe", "curve") else value for name, value in said.items()}
+
+# %% ../../nbs/06_morphany3d/03_backbone.ipynb #56f33119
+@lru_cache(maxsize=2)
+def _bank(count: int, seed: int) -> ProceduralShapes:
+    return ProceduralShapes(count, seed=seed)
+
+
+def nearest_shape(logits: Float[Tensor, "batch R R R"], bank: ProceduralShapes | None = None) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+    """For each structure the nearest shape of a data set, and the quarter turns that bring that shape to it.
+
+    logits: [B, R, R, R], cut to [−1, 1]. bank: 400 training shapes when not given. Returns indices into the bank, and turns. Source: our choice.
+    """
+    bank = _bank(400, 100) if bank is None else bank
+    check_shape("logits", logits, f"B {bank.resolution} {bank.resolution} {bank.resolution}")
+    flat = logits.clamp(-1, 1).flatten(1)
+    costs = torch.stack([torch.cdist(flat, torch.rot90(bank.tsdf, turn, (1, 2)).flatten(1).to(flat)) for turn in range(4)])
+    best = costs.permute(1, 0, 2).flatten(1).argmin(1)
+    return best % len(bank), best // len(bank)
+
+
+@torch.no_grad()
+def evaluate_tiny(model: TinyBackbone, dataset: ProceduralShapes, *, given: str = "picture", seed: int = 0, **options) -> dict[str, float]:
+    """Numbers of generated objects, one for each shape of a data set.
+
+    Args: model. dataset: shapes that it has not seen. given: condition, "picture" or "name". seed: of the noise. options: as in `sample_ss`.
+
+    Returns: autoencoder_overlap; family_right, overlap, color_error, usual_pose and pose_0 to pose_3 (shares of turns beyond the usual pose), empty (share without a voxel),
+        voxels (mean number of active ones). Raises ValueError.
+    """
+    check_choice("given", given, ("picture", "name"))
+    names = [dataset.categories[label] for label in dataset.labels.tolist()]
+    logits, latent = generate(model, model.condition(dataset.images if given == "picture" else names), seed=seed, **options)
+    logits = logits.cpu()
+    inside, truth = logits > 0, [torch.rot90(dataset.tsdf, turn, (1, 2)) for turn in range(4)]
+    overlaps = torch.stack([_overlap(inside, other > 0) for other in truth])
+    overlap, turn = overlaps.max(0)
+    rows = latent.coords.cpu().long().unbind(1)
+    color = torch.stack([torch.rot90(grid, int(k), (0, 1)) for grid, k in zip(dataset.color, turn)])
+    both = torch.stack([truth[int(k)][i] > 0 for i, k in enumerate(turn)])[rows]
+    error = (decode_slat(latent.feats.cpu()).color - color[rows]).abs().mean(-1)
+    bank = _bank(400, 100)
+    found = nearest_shape(logits, bank)[0]
+    right = torch.tensor([bank.categories[int(bank.labels[i])] == name for i, name in zip(found, names)])
+    beyond = (turn + dataset.turns - torch.tensor([CANONICAL[name] for name in names])) % 4
+    poses = beyond.bincount(minlength=4) / len(beyond)
+    again = model.ss_vae.decode(model.ss_vae.encode(dataset.tsdf.to(model.device))).cpu()
+    return {"autoencoder_overlap": float(_overlap(again > 0, dataset.tsdf > 0).mean()), "family_right": float(right.float().mean()), "overlap": float(overlap.mean()),
+            "color_error": float(error[both].mean()) if bool(both.any()) else float("nan"), "usual_pose": float(poses[0]), **{f"pose_{k}": float(poses[k]) for k in range(4)},
+            "empty": sum(length == 0 for length in latent.lengths) / len(dataset), "voxels": len(latent) / len(dataset)}
+
+
+def _overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boolean grids [B, R, R, R]; 1 where both are empty."""
+    union = (a | b).flatten(1).sum(1)
+    return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), torch.ones(len(a)))
+
+
+def tiny_trial(arm: str, seed: int, *, shapes: int = 32) -> dict[str, float]:
+    """Numbers of `evaluate_tiny` for the shipped weights on shapes of their own for every seed.
+
+    arm: "picture" (guidance w = 3), "unguided" (w = 0) or "name" (w = 3). seed: int >= 0, of shapes and noise. Raises ValueError.
+    """
+    check_choice("arm", arm, ("picture", "unguided", "name"))
+    check_range("shapes", shapes, 1)
+    held_out = ProceduralShapes(shapes, seed=10_000 + seed)
+    return evaluate_tiny(load(), held_out, given="name" if arm == "name" else "picture", seed=seed, weight=0.0 if arm == "unguided" else 3.0)
