@@ -248,7 +248,7 @@ def _surface(triangles: Float[Tensor, "F 3 3"], resolution: int) -> Bool[Tensor,
     low = (triangles.amin(1).clamp(-1, resolution + 1).floor().long()).clamp_min(0)
     high = (triangles.amax(1).clamp(-1, resolution + 1).floor().long()).clamp_max(resolution - 1)
     grid = torch.zeros(resolution**3, dtype=torch.bool, device=triangles.device)
-    for owner, cell in _cells(low, (high - low + 1).clamp_min(0), 1 << 18):
+    for owner, cell in _cells(low, (high - low + 1).clamp_min(0), 1 << 14):
         place = (axes[owner] @ (cell.double() + 0.5)[..., None])[..., 0]
         met = ((place >= first[owner]) & (place <= last[owner])).all(-1)
         cell = cell[met]
@@ -374,11 +374,11 @@ def tsdf_grid(mesh: Mesh, resolution: int, truncation: float, *, bounds: tuple[f
     scaled, side = _read_mesh(mesh, resolution, bounds)
     check_range("truncation", truncation, 0, open=True)
     check_range("thickness", thickness, 0, 2 * truncation)
-    triangles, reach = scaled.triangles(), truncation / side
+    triangles, reach = scaled.triangles(), (truncation + thickness / 2) / side
     low = (triangles.amin(1) - reach - 0.5).clamp(-1, resolution).ceil().long().clamp_min(0)
     high = (triangles.amax(1) + reach - 0.5).clamp(-1, resolution).floor().long().clamp_max(resolution - 1)
     nearest = torch.full((resolution**3,), reach * reach, dtype=torch.float64, device=triangles.device)
-    for owner, cell in _cells(low, (high - low + 1).clamp_min(0), 1 << 18):
+    for owner, cell in _cells(low, (high - low + 1).clamp_min(0), 1 << 14):
         squared = _squared_distance(cell.double() + 0.5, triangles[owner])
         nearest.scatter_reduce_(0, (cell[:, 0] * resolution + cell[:, 1]) * resolution + cell[:, 2], squared, "amin")
     distance = nearest.sqrt().reshape(resolution, resolution, resolution)
