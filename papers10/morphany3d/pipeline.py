@@ -364,16 +364,17 @@ class MorphPipeline:
         """The noise of an endpoint."""
         backbone = self.backbone
         later = {stage: backbone.noise_shape(stage)[0] for stage in backbone.stages[1:]}
-        return EndpointNoise.draw(stream_seed(seed, "endpoint", *stream) % 2**31, backbone.noise_shape("ss"), backbone.resolution, max(later.values()))
+        return EndpointNoise.draw(stream_seed(seed, "endpoint", *stream) % 2**31, backbone.noise_shape("ss"), backbone.resolution, sum(later.values()))
 
     def morph(
         self, source: Any, target: Any, config: MorphConfig | None = None, *, target_detail: Any = None, seed: int = 0, formats: Sequence[str] = ("mesh", "gaussian"),
-        resume_dir: str | Path | None = None, callback: Callable[[MorphFrame], None] | None = None,
+        resume_dir: str | Path | None = None, keys_every: int = 1, callback: Callable[[MorphFrame], None] | None = None,
     ) -> Iterator[MorphFrame]:  # fmt: skip
         """The frames of a morph, one after the other.
 
         source, target: what `encode` takes. config: `MorphConfig`; None for the paper's with 16 frames. target_detail: another target for the structured latents ("dual"). seed: of noise that the endpoints have
-        not. formats: decoded at once; others when asked for. resume_dir: a folder in which every frame is kept as soon as it is done; a morph that was stopped goes on there and ends with the same bits.
+        not. formats: decoded at once; others when asked for. resume_dir: a folder in which every frame is kept as soon as it is done; a morph that was stopped goes on there and ends with the same bits. keys_every:
+        keys and values, large, are written there every so many frames, and the frames after the last written ones are made again; 1 for each frame.
         callback(frame): after each.
 
         Raises: ValueError for what does not fit, EmptyStructureError, NonFiniteError.
@@ -383,7 +384,8 @@ class MorphPipeline:
         config = MorphConfig(n_frames=16) if config is None else config
         ends = [self.encode(asset) for asset in (source, target)]
         detail = None if target_detail is None else [self.encode(target_detail)]
-        store = None if resume_dir is None else _FrameStore(Path(resume_dir), config, [*ends, *(detail or [])], seed, self.backbone.name)
+        check_range("keys_every", keys_every, 1)
+        store = None if resume_dir is None else _FrameStore(Path(resume_dir), config, [*ends, *(detail or [])], seed, self.backbone.name, keys_every)
         for frames in self._frames([ends[0]], [ends[1]], config, detail, seed, formats, store):
             if callback is not None:
                 callback(frames[0])
@@ -446,10 +448,11 @@ class MorphPipeline:
         return made
 
     def _token_noises(self, coords: Tensor, noises: Sequence[tuple[EndpointNoise, EndpointNoise]], alpha: float, config: MorphConfig) -> dict[str, Tensor]:
-        """Noise of every latent stage for packed voxels; a stage with fewer channels takes the first ones."""
+        """Noise of every latent stage for packed voxels; each stage has channels of its own."""
         samples = [coords[coords[:, 0] == sample, 1:] for sample in range(len(noises))]
         drawn = torch.cat([token_noise(places.cpu(), *pair, alpha, mode=config.noise_mode, kind=config.slat_noise, per_token=config.slerp_per_token) for places, pair in zip(samples, noises)])
-        return {stage: drawn[:, :self.backbone.noise_shape(stage)[0]].to(self.backbone.device) for stage in self.backbone.stages[1:]}
+        widths = [self.backbone.noise_shape(stage)[0] for stage in self.backbone.stages[1:]]
+        return {stage: part.contiguous().to(self.backbone.device) for stage, part in zip(self.backbone.stages[1:], drawn.split(widths, -1))}
 
     def _plain(self, state: MorphState, config: MorphConfig, noises: Sequence[EndpointNoise], timer: _Timer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits = self._structure(state, config, torch.stack([noise.structure for noise in noises]).to(self.backbone.device), timer)
@@ -572,15 +575,15 @@ def _nearest_packed(coords: Tensor, others: Tensor, pairs: int) -> Tensor:
         found.append(rows[nearest_tokens(coords[coords[:, 0] == pair, 1:], others[rows, 1:])])
     return torch.cat(found)
 
-# %% ../../nbs/06_morphany3d/08_pipeline.ipynb #e7b0cb48
+# %% ../../nbs/06_morphany3d/08_pipeline.ipynb #303a1ede
 class _FrameStore:
-    def __init__(self, folder: Path, config: MorphConfig, ends: Sequence[Endpoint], seed: int, backbone: str):
+    def __init__(self, folder: Path, config: MorphConfig, ends: Sequence[Endpoint], seed: int, backbone: str, keys_every: int = 1):
         digest = hashlib.sha256()
         for end in ends:
             for tensor in (end.condition, *(() if end.noise is None else (end.noise.structure, end.noise.field))):
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         about = {"backbone": backbone, "seed": seed, "config": json.loads(config.model_dump_json(exclude={"cache_folder", "cache_device"})), "ends": [end.name for end in ends], "endpoints": digest.hexdigest()[:32]}
-        self.folder = folder
+        self.folder, self.keys_every, self.last = folder, keys_every, config.n_frames - 1
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "morph.json"
         if path.exists():
@@ -593,6 +596,11 @@ class _FrameStore:
             raise ValueError(f"resume_dir: expected an empty folder or one of a morph, got {folder} with frames and without morph.json")
         else:
             write_atomic(path, json.dumps(about, indent=1))
+        # Frames that can be taken as they are: all when all are there, else those up to the last one whose keys and values are kept.
+        every = range(config.n_frames) if config.endpoints == "generate" else range(1, self.last)
+        made = [index for index in every if (self._frame(index) / "meta.json").exists()]
+        goes_on = max((index for index in made if (self._frame(index) / "keys.safetensors").exists()), default=-1)
+        self.usable = set(made) if len(made) == len(every) else {index for index in made if index <= goes_on}
 
     def _frame(self, index: int) -> Path:
         return self.folder / f"frame_{index:03d}"
@@ -606,19 +614,20 @@ class _FrameStore:
         if frame.costs is not None:
             tensors["costs"] = frame.costs
         write_atomic(folder / "latents.safetensors", save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-        cache.save(folder / "keys.safetensors")
+        keep = frame.index % self.keys_every == 0 and frame.index != self.last
+        if keep:
+            cache.save(folder / "keys.safetensors")
         facts = {"index": frame.index, "alpha": frame.alpha, "slat_alpha": frame.slat_alpha, "k_star": frame.turns, "voxels": len(frame.coords), "seconds": frame.seconds}
         write_atomic(folder / "meta.json", json.dumps(facts, indent=1))  # last: a frame is there when this is
-        before = self._frame(frame.index - 1) / "keys.safetensors"
-        before.unlink(missing_ok=True)
+        if keep:
+            (self._frame(frame.index - self.keys_every) / "keys.safetensors").unlink(missing_ok=True)
 
     def load(self, index: int, backbone: Backbone) -> MorphFrame | None:
         from safetensors.torch import load_file
 
-        folder = self._frame(index)
-        last = not (self._frame(index + 1) / "meta.json").exists()
-        if not (folder / "meta.json").exists() or (last and not (folder / "keys.safetensors").exists()):
+        if index not in self.usable:
             return None
+        folder = self._frame(index)
         facts = json.loads((folder / "meta.json").read_text())
         tensors = {name: tensor.to(backbone.device) for name, tensor in load_file(folder / "latents.safetensors").items()}
         latents = {name.removeprefix("latent."): tensors[name] for name in tensors if name.startswith("latent.")}
