@@ -993,7 +993,7 @@ def _bytes(colors: np.ndarray | None) -> np.ndarray | None:
 def _glb_part(mesh: Mesh, up: str) -> Any:
     """A `trimesh.Trimesh` with y up, with normals."""
     trimesh = need("trimesh", "splat", "GLB files")
-    vertices, colors, faces, normals = _mesh_arrays(turn_up(mesh, up, "y"))
+    vertices, colors, faces, normals = _mesh_arrays(turn_up(mesh, up, "y") if isinstance(mesh, Mesh) else mesh)
     if not len(faces):
         raise ValueError("mesh: expected triangles, which a GLB file cannot be without, got none")
     return trimesh.Trimesh(vertices, faces, vertex_colors=_bytes(colors), vertex_normals=normals, process=False)
