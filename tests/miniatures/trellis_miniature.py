@@ -7,6 +7,7 @@ Written from the published interfaces (microsoft/TRELLIS, microsoft/TRELLIS.2, S
 import json
 import sys
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -65,7 +66,9 @@ class SparseTensor:
 
     def std(self, dim, keepdim=True):
         rows = [self.feats[part].double() for part in self.layout]
-        return torch.stack([((row**2).mean() - row.mean() ** 2).clamp(min=0).sqrt() for row in rows])[:, None].to(self.dtype)
+        return torch.stack([((row**2).mean() - row.mean() ** 2).clamp(min=0).sqrt() for row in rows])[:, None].to(
+            self.dtype
+        )
 
     def register_spatial_cache(self, key, value):
         self._spatial_cache.setdefault(str(self._scale), {})[key] = value
@@ -171,14 +174,34 @@ class SparseRotaryPositionEmbedder(RotaryPositionEmbedder):
 class _Attention(nn.Module):
     norm = MultiHeadRMSNorm
 
-    def __init__(self, channels, num_heads, ctx_channels=None, type="self", attn_mode="full", qkv_bias=True, use_rope=False, rope_freq=(1.0, 10000.0), qk_rms_norm=False):
+    def __init__(
+        self,
+        channels,
+        num_heads,
+        ctx_channels=None,
+        type="self",
+        attn_mode="full",
+        qkv_bias=True,
+        use_rope=False,
+        rope_freq=(1.0, 10000.0),
+        qk_rms_norm=False,
+    ):
         super().__init__()
-        self.channels, self.num_heads, self.head_dim, self._type, self.attn_mode = channels, num_heads, channels // num_heads, type, attn_mode
+        self.channels, self.num_heads, self.head_dim, self._type, self.attn_mode = (
+            channels,
+            num_heads,
+            channels // num_heads,
+            type,
+            attn_mode,
+        )
         self.ctx_channels, self.use_rope, self.qk_rms_norm = ctx_channels or channels, use_rope, qk_rms_norm
         if type == "self":
             self.to_qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         else:
-            self.to_q, self.to_kv = nn.Linear(channels, channels, bias=qkv_bias), nn.Linear(self.ctx_channels, 2 * channels, bias=qkv_bias)
+            self.to_q, self.to_kv = (
+                nn.Linear(channels, channels, bias=qkv_bias),
+                nn.Linear(self.ctx_channels, 2 * channels, bias=qkv_bias),
+            )
         if qk_rms_norm:
             self.q_rms_norm, self.k_rms_norm = (self.norm(self.head_dim, num_heads) for _ in range(2))
         self.to_out = nn.Linear(channels, channels)
@@ -242,12 +265,30 @@ class _CrossBlock(nn.Module):
     attention: type
     second = False
 
-    def __init__(self, channels, ctx_channels, num_heads, mlp_ratio=4.0, use_checkpoint=False, use_rope=False, rope_freq=(1.0, 10000.0), qk_rms_norm=False, qk_rms_norm_cross=False, share_mod=False):
+    def __init__(
+        self,
+        channels,
+        ctx_channels,
+        num_heads,
+        mlp_ratio=4.0,
+        use_checkpoint=False,
+        use_rope=False,
+        rope_freq=(1.0, 10000.0),
+        qk_rms_norm=False,
+        qk_rms_norm_cross=False,
+        share_mod=False,
+    ):
         super().__init__()
         self.use_checkpoint, self.share_mod = use_checkpoint, share_mod
-        self.norm1, self.norm2, self.norm3 = (LayerNorm32(channels, elementwise_affine=affine, eps=1e-6) for affine in (False, True, False))
-        self.self_attn = self.attention(channels, num_heads=num_heads, type="self", use_rope=use_rope, rope_freq=rope_freq, qk_rms_norm=qk_rms_norm)
-        self.cross_attn = self.attention(channels, ctx_channels=ctx_channels, num_heads=num_heads, type="cross", qk_rms_norm=qk_rms_norm_cross)
+        self.norm1, self.norm2, self.norm3 = (
+            LayerNorm32(channels, elementwise_affine=affine, eps=1e-6) for affine in (False, True, False)
+        )
+        self.self_attn = self.attention(
+            channels, num_heads=num_heads, type="self", use_rope=use_rope, rope_freq=rope_freq, qk_rms_norm=qk_rms_norm
+        )
+        self.cross_attn = self.attention(
+            channels, ctx_channels=ctx_channels, num_heads=num_heads, type="cross", qk_rms_norm=qk_rms_norm_cross
+        )
         self.mlp = FeedForwardNet(channels, mlp_ratio)
         if not share_mod:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
@@ -302,11 +343,15 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
         self.width = frequency_embedding_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, t):
         half = self.width // 2
-        angles = t[:, None].float() * torch.exp(-np.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * torch.exp(
+            -np.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        )
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
 
 
@@ -337,9 +382,20 @@ class _Flow(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(self.model_channels, 6 * self.model_channels))
 
     def _blocks(self, kind):
-        options = {name: self.args[name] for name in ("mlp_ratio", "use_checkpoint", "share_mod", "qk_rms_norm", "qk_rms_norm_cross", "rope_freq") if name in self.args}
+        options = {
+            name: self.args[name]
+            for name in ("mlp_ratio", "use_checkpoint", "share_mod", "qk_rms_norm", "qk_rms_norm_cross", "rope_freq")
+            if name in self.args
+        }
         return nn.ModuleList(
-            kind(self.model_channels, self.cond_channels, num_heads=self.num_heads, use_rope=self.pe_mode == "rope", **options) for _ in range(self.num_blocks)
+            kind(
+                self.model_channels,
+                self.cond_channels,
+                num_heads=self.num_heads,
+                use_rope=self.pe_mode == "rope",
+                **options,
+            )
+            for _ in range(self.num_blocks)
         )
 
     @property
@@ -368,7 +424,9 @@ class SparseStructureFlowModel(_Flow):
         if self.pe_mode == "ape":
             self.register_buffer("pos_emb", absolute_positions(_grid(side), self.model_channels))
         else:
-            self.register_buffer("rope_phases", RotaryPositionEmbedder(self.model_channels // self.num_heads)(_grid(side)))
+            self.register_buffer(
+                "rope_phases", RotaryPositionEmbedder(self.model_channels // self.num_heads)(_grid(side))
+            )
         self.input_layer = nn.Linear(self.in_channels * cells, self.model_channels)
         self.blocks = self._blocks(self.block)
         self.out_layer = nn.Linear(self.model_channels, self.out_channels * cells)
@@ -385,7 +443,11 @@ class SparseStructureFlowModel(_Flow):
             h = block(h, time, cond, *phases)
         h = h.type(x.dtype)
         h = self.out_layer(F.layer_norm(h, h.shape[-1:]))
-        return h.reshape(len(x), side, side, side, -1, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(x.shape[0], -1, *x.shape[2:])
+        return (
+            h.reshape(len(x), side, side, side, -1, p, p, p)
+            .permute(0, 4, 1, 5, 2, 6, 3, 7)
+            .reshape(x.shape[0], -1, *x.shape[2:])
+        )
 
 
 class SparseStructureFlowModel2(SparseStructureFlowModel):
@@ -435,8 +497,16 @@ class SparseDownsample(nn.Module):
         small = x.coords.clone()
         small[:, 1:] //= 2
         coords, index = small.unique(dim=0, return_inverse=True)
-        feats = x.feats.new_zeros(len(coords), x.feats.shape[1]).index_add(0, index, x.feats) / index.bincount()[:, None].to(x.dtype)
-        out = SparseTensor(feats, coords.int(), x.shape, scale=tuple(s // 2 if s > 1 else s / 2 for s in x._scale), spatial_cache=x._spatial_cache)
+        feats = x.feats.new_zeros(len(coords), x.feats.shape[1]).index_add(0, index, x.feats) / index.bincount()[
+            :, None
+        ].to(x.dtype)
+        out = SparseTensor(
+            feats,
+            coords.int(),
+            x.shape,
+            scale=tuple(s // 2 if s > 1 else s / 2 for s in x._scale),
+            spatial_cache=x._spatial_cache,
+        )
         for key, value in (("coords", x.coords), ("layout", x.layout), ("index", index), ("scale", x._scale)):
             out.register_spatial_cache(key, value)
         return out
@@ -452,7 +522,10 @@ class SparseResBlock3d(nn.Module):
     def __init__(self, channels, emb_channels, out_channels=None, downsample=False, upsample=False):
         super().__init__()
         out = out_channels or channels
-        self.norm1, self.norm2 = LayerNorm32(channels, elementwise_affine=True, eps=1e-6), LayerNorm32(out, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = (
+            LayerNorm32(channels, elementwise_affine=True, eps=1e-6),
+            LayerNorm32(out, elementwise_affine=False, eps=1e-6),
+        )
         self.conv1, self.conv2 = SparseConv3d(channels, out), SparseConv3d(out, out)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out))
         self.skip_connection = SparseLinear(channels, out) if channels != out else nn.Identity()
@@ -534,7 +607,12 @@ class UpsampleBlock3d(nn.Module):
 
     def forward(self, x):
         b, _, d, h, w = x.shape
-        return self.conv(x).reshape(b, -1, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, 2 * d, 2 * h, 2 * w)
+        return (
+            self.conv(x)
+            .reshape(b, -1, 2, 2, 2, d, h, w)
+            .permute(0, 1, 5, 2, 6, 3, 7, 4)
+            .reshape(b, -1, 2 * d, 2 * h, 2 * w)
+        )
 
 
 class SparseStructureDecoder(nn.Module):
@@ -551,7 +629,9 @@ class SparseStructureDecoder(nn.Module):
             self.blocks.append(ResBlock3d(own))
             if following:
                 self.blocks.append(UpsampleBlock3d(own, following))
-        self.out_layer = nn.Sequential(nn.GroupNorm(4, channels[-1]), nn.SiLU(), nn.Conv3d(channels[-1], args["out_channels"], 3, padding=1))
+        self.out_layer = nn.Sequential(
+            nn.GroupNorm(4, channels[-1]), nn.SiLU(), nn.Conv3d(channels[-1], args["out_channels"], 3, padding=1)
+        )
 
     @property
     def device(self):
@@ -568,7 +648,9 @@ def _boxes(coords, resolution):
     """Vertices [8 L, 3] in [−0.5, 0.5]³ and triangles [12 L, 3] of the voxels' boxes."""
     corners = _grid(2).to(coords.device)
     vertices = ((coords[:, None, 1:] + corners) / resolution - 0.5).reshape(-1, 3).float()
-    quads = torch.tensor([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]], device=coords.device)
+    quads = torch.tensor(
+        [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]], device=coords.device
+    )
     triangles = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
     return vertices, (triangles + 8 * torch.arange(len(coords), device=coords.device)[:, None, None]).reshape(-1, 3)
 
@@ -583,13 +665,24 @@ class Gaussian:
     """Parameters in TRELLIS's form: places in [0, 1], sizes before the softplus with a bias, opacity before the sigmoid with a bias."""
 
     def __init__(self, xyz, features_dc, scaling, rotation, opacity, scaling_bias=0.02, opacity_bias=0.1):
-        self._xyz, self._features_dc, self._scaling, self._rotation, self._opacity = xyz, features_dc, scaling, rotation, opacity
-        self._scale_bias, self._opacity_bias = float(np.log(np.expm1(scaling_bias))), float(np.log(opacity_bias / (1 - opacity_bias)))
+        self._xyz, self._features_dc, self._scaling, self._rotation, self._opacity = (
+            xyz,
+            features_dc,
+            scaling,
+            rotation,
+            opacity,
+        )
+        self._scale_bias, self._opacity_bias = (
+            float(np.log(np.expm1(scaling_bias))),
+            float(np.log(opacity_bias / (1 - opacity_bias))),
+        )
 
     get_xyz = property(lambda self: self._xyz - 0.5)
     get_features = property(lambda self: self._features_dc)
     get_scaling = property(lambda self: F.softplus(self._scaling + self._scale_bias))
-    get_rotation = property(lambda self: F.normalize(self._rotation + self._rotation.new_tensor([1.0, 0, 0, 0]), dim=-1))
+    get_rotation = property(
+        lambda self: F.normalize(self._rotation + self._rotation.new_tensor([1.0, 0, 0, 0]), dim=-1)
+    )
     get_opacity = property(lambda self: torch.sigmoid(self._opacity + self._opacity_bias))
 
 
@@ -597,7 +690,13 @@ class Strivec:
     """A radiance field by products of vectors: one box for each voxel."""
 
     def __init__(self, position, depth, trivec, density, features_dc):
-        self.position, self.depth, self.trivec, self.density, self.features_dc = position, depth, trivec, density, features_dc
+        self.position, self.depth, self.trivec, self.density, self.features_dc = (
+            position,
+            depth,
+            trivec,
+            density,
+            features_dc,
+        )
 
 
 class _Decoder(nn.Module):
@@ -631,7 +730,9 @@ class SLatGaussianDecoder(_Decoder):
     def represent(self, coords, feats):
         centres = (coords[:, 1:].float() + 0.5) / self.resolution
         offset, color, scaling, rotation, opacity = feats.split([3, 3, 3, 4, 1], -1)
-        return Gaussian(centres + offset.tanh() / self.resolution, color[:, None], 0.1 * scaling, 0.1 * rotation, opacity)
+        return Gaussian(
+            centres + offset.tanh() / self.resolution, color[:, None], 0.1 * scaling, 0.1 * rotation, opacity
+        )
 
 
 class SLatRadianceFieldDecoder(_Decoder):
@@ -639,7 +740,13 @@ class SLatRadianceFieldDecoder(_Decoder):
 
     def represent(self, coords, feats):
         place = coords[:, 1:].float() / self.resolution
-        return Strivec(place, torch.full((len(coords), 1), int(np.log2(self.resolution)), dtype=torch.uint8), feats[:, :12].reshape(-1, 1, 3, 4), feats[:, 12:13], feats[:, None, 13:])
+        return Strivec(
+            place,
+            torch.full((len(coords), 1), int(np.log2(self.resolution)), dtype=torch.uint8),
+            feats[:, :12].reshape(-1, 1, 3, 4),
+            feats[:, 12:13],
+            feats[:, None, 13:],
+        )
 
 
 class FlowEulerSampler:
@@ -687,8 +794,31 @@ class FlowEulerGuidanceIntervalSampler(FlowEulerSampler):
             return pred
         return (1 + cfg_strength) * pred - cfg_strength * super()._inference_model(model, x_t, t, neg_cond, **kwargs)
 
-    def sample(self, model, noise, cond, neg_cond, steps=50, rescale_t=1.0, cfg_strength=3.0, cfg_interval=(0.0, 1.0), verbose=True, **kwargs):
-        return super().sample(model, noise, cond, steps, rescale_t, verbose, neg_cond=neg_cond, cfg_strength=cfg_strength, cfg_interval=cfg_interval, **kwargs)
+    def sample(
+        self,
+        model,
+        noise,
+        cond,
+        neg_cond,
+        steps=50,
+        rescale_t=1.0,
+        cfg_strength=3.0,
+        cfg_interval=(0.0, 1.0),
+        verbose=True,
+        **kwargs,
+    ):
+        return super().sample(
+            model,
+            noise,
+            cond,
+            steps,
+            rescale_t,
+            verbose,
+            neg_cond=neg_cond,
+            cfg_strength=cfg_strength,
+            cfg_interval=cfg_interval,
+            **kwargs,
+        )
 
 
 class FlowEulerCfgSampler(FlowEulerSampler):
@@ -702,7 +832,9 @@ class FlowEulerGuidanceIntervalSampler2(FlowEulerSampler):
 
     repeats = False
 
-    def _inference_model(self, model, x_t, t, cond, neg_cond, guidance_strength, guidance_interval, guidance_rescale=0.0, **kwargs):
+    def _inference_model(
+        self, model, x_t, t, cond, neg_cond, guidance_strength, guidance_interval, guidance_rescale=0.0, **kwargs
+    ):
         strength = guidance_strength if guidance_interval[0] <= t <= guidance_interval[1] else 1
         if strength in (0, 1):
             return super()._inference_model(model, x_t, t, cond if strength else neg_cond, **kwargs)
@@ -715,8 +847,31 @@ class FlowEulerGuidanceIntervalSampler2(FlowEulerSampler):
             pred = self._xstart_to_pred(x_t, t, guidance_rescale * rescaled + (1 - guidance_rescale) * clean)
         return pred
 
-    def sample(self, model, noise, cond, neg_cond, steps=50, rescale_t=1.0, guidance_strength=3.0, guidance_interval=(0.0, 1.0), verbose=True, **kwargs):
-        return super().sample(model, noise, cond, steps, rescale_t, verbose, neg_cond=neg_cond, guidance_strength=guidance_strength, guidance_interval=guidance_interval, **kwargs)
+    def sample(
+        self,
+        model,
+        noise,
+        cond,
+        neg_cond,
+        steps=50,
+        rescale_t=1.0,
+        guidance_strength=3.0,
+        guidance_interval=(0.0, 1.0),
+        verbose=True,
+        **kwargs,
+    ):
+        return super().sample(
+            model,
+            noise,
+            cond,
+            steps,
+            rescale_t,
+            verbose,
+            neg_cond=neg_cond,
+            guidance_strength=guidance_strength,
+            guidance_interval=guidance_interval,
+            **kwargs,
+        )
 
 
 class PatchEncoder(nn.Module):
@@ -789,21 +944,35 @@ class TrellisImageTo3DPipeline(Pipeline):
         self._init_cond_model(args)
 
     def _init_cond_model(self, args):
-        self.models["image_cond_model"] = _fill(PatchEncoder(self.models["sparse_structure_flow_model"].cond_channels), 0, args["image_cond_model"])
+        self.models["image_cond_model"] = _fill(
+            PatchEncoder(self.models["sparse_structure_flow_model"].cond_channels), 0, args["image_cond_model"]
+        )
 
     def preprocess_image(self, picture):
         pixels = np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
         if picture.mode != "RGBA" or (pixels[..., 3] == 1).all():
             raise ModuleNotFoundError("No module named 'rembg'", name="rembg")
         rows, columns = np.nonzero(pixels[..., 3] > 0.8)
-        centre, size = ((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2), 1.2 * max(np.ptp(columns), np.ptp(rows))
-        crop = picture.crop((centre[0] - size // 2, centre[1] - size // 2, centre[0] + size // 2, centre[1] + size // 2)).resize((self.picture, self.picture))
+        centre, size = (
+            ((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2),
+            1.2 * max(np.ptp(columns), np.ptp(rows)),
+        )
+        crop = picture.crop(
+            (centre[0] - size // 2, centre[1] - size // 2, centre[0] + size // 2, centre[1] + size // 2)
+        ).resize((self.picture, self.picture))
         pixels = np.asarray(crop).astype(np.float32) / 255
         return Image.fromarray((pixels[..., :3] * pixels[..., 3:] * 255).astype(np.uint8))
 
     def encode_image(self, images):
-        pixels = [torch.from_numpy(np.asarray(image.convert("RGB").resize((self.picture, self.picture)), dtype=np.float32) / 255).permute(2, 0, 1) for image in images]
-        features = self.models["image_cond_model"](torch.stack(pixels).to(self.device) * 2 - 1, is_training=True)["x_prenorm"]
+        pixels = [
+            torch.from_numpy(
+                np.asarray(image.convert("RGB").resize((self.picture, self.picture)), dtype=np.float32) / 255
+            ).permute(2, 0, 1)
+            for image in images
+        ]
+        features = self.models["image_cond_model"](torch.stack(pixels).to(self.device) * 2 - 1, is_training=True)[
+            "x_prenorm"
+        ]
         return F.layer_norm(features, features.shape[-1:])
 
     def get_cond(self, images):
@@ -813,13 +982,17 @@ class TrellisImageTo3DPipeline(Pipeline):
     def sample_sparse_structure(self, cond, num_samples=1, sampler_params=None):
         model = self.models["sparse_structure_flow_model"]
         noise = torch.randn(num_samples, model.in_channels, *[model.resolution] * 3).to(self.device)
-        z_s = self.sparse_structure_sampler.sample(model, noise, **cond, **{**self.sparse_structure_sampler_params, **(sampler_params or {})}, verbose=True).samples
+        z_s = self.sparse_structure_sampler.sample(
+            model, noise, **cond, **{**self.sparse_structure_sampler_params, **(sampler_params or {})}, verbose=True
+        ).samples
         return torch.argwhere(self.models["sparse_structure_decoder"](z_s) > 0)[:, [0, 2, 3, 4]].int()
 
     def sample_slat(self, cond, coords, sampler_params=None):
         model = self.models["slat_flow_model"]
         noise = SparseTensor(torch.randn(len(coords), model.in_channels).to(self.device), coords)
-        slat = self.slat_sampler.sample(model, noise, **cond, **{**self.slat_sampler_params, **(sampler_params or {})}, verbose=True).samples
+        slat = self.slat_sampler.sample(
+            model, noise, **cond, **{**self.slat_sampler_params, **(sampler_params or {})}, verbose=True
+        ).samples
         std, mean = (torch.tensor(self.slat_normalization[name])[None].to(slat.device) for name in ("std", "mean"))
         return slat * std + mean
 
@@ -828,7 +1001,16 @@ class TrellisImageTo3DPipeline(Pipeline):
         return {format: self.models[name](slat) for format, name in names.items() if format in formats}
 
     @torch.no_grad()
-    def run(self, image, num_samples=1, seed=42, sparse_structure_sampler_params=None, slat_sampler_params=None, formats=("mesh", "gaussian"), preprocess_image=True):
+    def run(
+        self,
+        image,
+        num_samples=1,
+        seed=42,
+        sparse_structure_sampler_params=None,
+        slat_sampler_params=None,
+        formats=("mesh", "gaussian"),
+        preprocess_image=True,
+    ):
         cond = self.get_cond([self.preprocess_image(image) if preprocess_image else image])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -853,7 +1035,10 @@ class TrellisTextTo3DPipeline(TrellisImageTo3DPipeline):
     def encode_text(self, prompts):
         letters = [[min(ord(letter), 127) for letter in prompt[: self.length].ljust(self.length)] for prompt in prompts]
         features = self.text_cond_model["model"](torch.tensor(letters, device=self.device))
-        return F.layer_norm(features + absolute_positions(torch.arange(self.length)[:, None].expand(-1, 3), features.shape[-1]), features.shape[-1:])
+        return F.layer_norm(
+            features + absolute_positions(torch.arange(self.length)[:, None].expand(-1, 3), features.shape[-1]),
+            features.shape[-1:],
+        )
 
     def get_cond(self, prompts):
         return {"cond": self.encode_text(prompts), "neg_cond": self.text_cond_model["null_cond"]}
@@ -887,7 +1072,9 @@ class FlexiDualGridVaeDecoder(nn.Module):
     def forward(self, x, return_subs=False):
         grid = self.args["grid"]
         vertices = [_boxes(x.coords[part], grid) for part in x.layout]
-        meshes = [SimpleNamespace(vertices=places, faces=faces.int(), fill_holes=lambda: None) for places, faces in vertices]
+        meshes = [
+            SimpleNamespace(vertices=places, faces=faces.int(), fill_holes=lambda: None) for places, faces in vertices
+        ]
         return (meshes, [self.out_layer(x)]) if return_subs else meshes
 
 
@@ -916,7 +1103,12 @@ class DinoV3FeatureExtractor:
     @torch.no_grad()
     def __call__(self, images):
         size = (self.image_size // 16, self.image_size // 16)
-        pixels = [torch.from_numpy(np.asarray(image.convert("RGB").resize((size[0] * 16, size[1] * 16)), dtype=np.float32) / 255).permute(2, 0, 1) for image in images]
+        pixels = [
+            torch.from_numpy(
+                np.asarray(image.convert("RGB").resize((size[0] * 16, size[1] * 16)), dtype=np.float32) / 255
+            ).permute(2, 0, 1)
+            for image in images
+        ]
         features = self.model(torch.stack(pixels) * 2 - 1).flatten(2).transpose(1, 2)
         return F.layer_norm(features, features.shape[-1:])
 
@@ -928,10 +1120,22 @@ class Trellis2ImageTo3DPipeline(Pipeline):
         for stage in ("sparse_structure_sampler", "shape_slat_sampler", "tex_slat_sampler"):
             setattr(self, stage, SAMPLERS2[args[stage]["name"]](**args[stage]["args"]))
             setattr(self, f"{stage}_params", args[stage]["params"])
-        self.shape_slat_normalization, self.tex_slat_normalization = args["shape_slat_normalization"], args["tex_slat_normalization"]
+        self.shape_slat_normalization, self.tex_slat_normalization = (
+            args["shape_slat_normalization"],
+            args["tex_slat_normalization"],
+        )
         self.image_cond_model = DinoV3FeatureExtractor(**args["image_cond_model"]["args"])
-        self.rembg_model, self.low_vram, self.default_pipeline_type = None, args.get("low_vram", True), args.get("default_pipeline_type", "1024_cascade")
-        self.pbr_attr_layout = {"base_color": slice(0, 3), "metallic": slice(3, 4), "roughness": slice(4, 5), "alpha": slice(5, 6)}
+        self.rembg_model, self.low_vram, self.default_pipeline_type = (
+            None,
+            args.get("low_vram", True),
+            args.get("default_pipeline_type", "1024_cascade"),
+        )
+        self.pbr_attr_layout = {
+            "base_color": slice(0, 3),
+            "metallic": slice(3, 4),
+            "roughness": slice(4, 5),
+            "alpha": slice(5, 6),
+        }
         self._device = "cpu"
 
     @property
@@ -950,7 +1154,9 @@ class Trellis2ImageTo3DPipeline(Pipeline):
     def sample_sparse_structure(self, cond, resolution, num_samples=1, sampler_params=None):
         model = self.models["sparse_structure_flow_model"]
         noise = torch.randn(num_samples, model.in_channels, *[model.resolution] * 3).to(self.device)
-        z_s = self.sparse_structure_sampler.sample(model, noise, **cond, **{**self.sparse_structure_sampler_params, **(sampler_params or {})}, verbose=True).samples
+        z_s = self.sparse_structure_sampler.sample(
+            model, noise, **cond, **{**self.sparse_structure_sampler_params, **(sampler_params or {})}, verbose=True
+        ).samples
         decoded = self.models["sparse_structure_decoder"](z_s) > 0
         if resolution != decoded.shape[2]:
             ratio = decoded.shape[2] // resolution
@@ -963,15 +1169,21 @@ class Trellis2ImageTo3DPipeline(Pipeline):
 
     def sample_shape_slat(self, cond, flow_model, coords, sampler_params=None):
         noise = SparseTensor(torch.randn(len(coords), flow_model.in_channels).to(self.device), coords)
-        slat = self.shape_slat_sampler.sample(flow_model, noise, **cond, **{**self.shape_slat_sampler_params, **(sampler_params or {})}, verbose=True).samples
+        slat = self.shape_slat_sampler.sample(
+            flow_model, noise, **cond, **{**self.shape_slat_sampler_params, **(sampler_params or {})}, verbose=True
+        ).samples
         return self._unscaled(slat, self.shape_slat_normalization)
 
     def sample_tex_slat(self, cond, flow_model, shape_slat, sampler_params=None):
         std, mean = (torch.tensor(self.shape_slat_normalization[name])[None] for name in ("std", "mean"))
         shape_slat = (shape_slat - mean) / std
-        noise = shape_slat.replace(torch.randn(len(shape_slat.feats), flow_model.in_channels - shape_slat.feats.shape[1]))
+        noise = shape_slat.replace(
+            torch.randn(len(shape_slat.feats), flow_model.in_channels - shape_slat.feats.shape[1])
+        )
         params = {**self.tex_slat_sampler_params, **(sampler_params or {})}
-        slat = self.tex_slat_sampler.sample(flow_model, noise, concat_cond=shape_slat, **cond, **params, verbose=True).samples
+        slat = self.tex_slat_sampler.sample(
+            flow_model, noise, concat_cond=shape_slat, **cond, **params, verbose=True
+        ).samples
         return self._unscaled(slat, self.tex_slat_normalization)
 
     @torch.no_grad()
@@ -982,18 +1194,39 @@ class Trellis2ImageTo3DPipeline(Pipeline):
         voxels = self.models["tex_slat_decoder"](tex_slat, guide_subs=subs) * 0.5 + 0.5
         grid = decoder.args["grid"]
         return [
-            MeshWithVoxel(mesh.vertices, mesh.faces, [-0.5] * 3, 1 / grid, voxels.coords[part][:, 1:], voxels.feats[part], torch.Size([1, 6, grid, grid, grid]), self.pbr_attr_layout)
+            MeshWithVoxel(
+                mesh.vertices,
+                mesh.faces,
+                [-0.5] * 3,
+                1 / grid,
+                voxels.coords[part][:, 1:],
+                voxels.feats[part],
+                torch.Size([1, 6, grid, grid, grid]),
+                self.pbr_attr_layout,
+            )
             for mesh, part in zip(meshes, voxels.layout)
         ]
 
     @torch.no_grad()
-    def run(self, image, num_samples=1, seed=42, sparse_structure_sampler_params=None, shape_slat_sampler_params=None, tex_slat_sampler_params=None, preprocess_image=True, pipeline_type=None):
+    def run(
+        self,
+        image,
+        num_samples=1,
+        seed=42,
+        sparse_structure_sampler_params=None,
+        shape_slat_sampler_params=None,
+        tex_slat_sampler_params=None,
+        preprocess_image=True,
+        pipeline_type=None,
+    ):
         cond = self.get_cond([self.preprocess_image(image) if preprocess_image else image], 512)
         side = self.models["shape_slat_flow_model_512"].resolution
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             coords = self.sample_sparse_structure(cond, side, num_samples, sparse_structure_sampler_params)
-            shape = self.sample_shape_slat(cond, self.models["shape_slat_flow_model_512"], coords, shape_slat_sampler_params)
+            shape = self.sample_shape_slat(
+                cond, self.models["shape_slat_flow_model_512"], coords, shape_slat_sampler_params
+            )
             texture = self.sample_tex_slat(cond, self.models["tex_slat_flow_model_512"], shape, tex_slat_sampler_params)
         return self.decode_latent(shape, texture, 512)
 
@@ -1001,34 +1234,68 @@ class Trellis2ImageTo3DPipeline(Pipeline):
 MODELS = {
     kind.__name__: kind
     for kind in (
-        SparseStructureFlowModel, SLatFlowModel, ElasticSLatFlowModel, SparseStructureDecoder, SLatMeshDecoder, SLatGaussianDecoder, SLatRadianceFieldDecoder,
-        SparseStructureFlowModel2, SLatFlowModel2, ElasticSLatFlowModel2, FlexiDualGridVaeDecoder, SparseUnetVaeDecoder,
+        SparseStructureFlowModel,
+        SLatFlowModel,
+        ElasticSLatFlowModel,
+        SparseStructureDecoder,
+        SLatMeshDecoder,
+        SLatGaussianDecoder,
+        SLatRadianceFieldDecoder,
+        SparseStructureFlowModel2,
+        SLatFlowModel2,
+        ElasticSLatFlowModel2,
+        FlexiDualGridVaeDecoder,
+        SparseUnetVaeDecoder,
     )
 }
 SAMPLERS = {kind.__name__: kind for kind in (FlowEulerSampler, FlowEulerCfgSampler, FlowEulerGuidanceIntervalSampler)}
-SAMPLERS2 = {"FlowEulerSampler": FlowEulerSampler, "FlowEulerGuidanceIntervalSampler": FlowEulerGuidanceIntervalSampler2}
+SAMPLERS2 = {
+    "FlowEulerSampler": FlowEulerSampler,
+    "FlowEulerGuidanceIntervalSampler": FlowEulerGuidanceIntervalSampler2,
+}
 
 WIDTH, CONDITION, CHANNELS, SIDE, GRID = 36, 24, 4, 4, 16
-_TORSO = {"model_channels": WIDTH, "cond_channels": CONDITION, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2.0, "qk_rms_norm": True}
-_DECODER = {"out_channels": 1, "latent_channels": CHANNELS, "num_res_blocks": 1, "num_res_blocks_middle": 1, "channels": [16, 8, 8], "norm_type": "group"}
+_TORSO = {
+    "model_channels": WIDTH,
+    "cond_channels": CONDITION,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "qk_rms_norm": True,
+}
+_DECODER = {
+    "out_channels": 1,
+    "latent_channels": CHANNELS,
+    "num_res_blocks": 1,
+    "num_res_blocks_middle": 1,
+    "channels": [16, 8, 8],
+    "norm_type": "group",
+}
 
 
 def _write(folder, name, config, seed, share=None):
     """One model: ckpts/NAME.json and ckpts/NAME.safetensors. share: of a structure decoder, how many voxels are filled."""
     model = _fill(MODELS[config["name"]](**config["args"]), seed, name)
     if share is not None:
-        logits = model(torch.randn(4, CHANNELS, SIDE, SIDE, SIDE, generator=generator(seed, "trellis miniature", "latents")))
+        logits = model(
+            torch.randn(4, CHANNELS, SIDE, SIDE, SIDE, generator=generator(seed, "trellis miniature", "latents"))
+        )
         model.out_layer[2].bias.data -= logits.quantile(1 - share)
     place = Path(folder) / "ckpts"
     place.mkdir(parents=True, exist_ok=True)
     (place / f"{name}.json").write_text(json.dumps(config, indent=1))
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, str(place / f"{name}.safetensors"))
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, str(place / f"{name}.safetensors")
+    )
     return f"ckpts/{name}"
 
 
 def _normalization(channels, seed):
     rng = generator(seed, "trellis miniature", "normalization", channels)
-    return {"mean": (0.3 * torch.randn(channels, generator=rng)).tolist(), "std": (1 + 0.2 * torch.rand(channels, generator=rng)).tolist()}
+    return {
+        "mean": (0.3 * torch.randn(channels, generator=rng)).tolist(),
+        "std": (1 + 0.2 * torch.rand(channels, generator=rng)).tolist(),
+    }
 
 
 def write_trellis(folder, *, seed=0, kind="TrellisImageTo3DPipeline", steps=4):
@@ -1036,21 +1303,63 @@ def write_trellis(folder, *, seed=0, kind="TrellisImageTo3DPipeline", steps=4):
 
     kind: TrellisImageTo3DPipeline, TrellisTextTo3DPipeline or Hi3DGenPipeline (no Gaussians there).
     """
-    flow = {**_TORSO, "resolution": SIDE, "in_channels": CHANNELS, "out_channels": CHANNELS, "patch_size": 1, "pe_mode": "ape"}
-    slat = {**_TORSO, "resolution": GRID, "in_channels": 8, "out_channels": 8, "patch_size": 2, "io_block_channels": [12], "num_io_res_blocks": 2, "pe_mode": "ape"}
+    flow = {
+        **_TORSO,
+        "resolution": SIDE,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "patch_size": 1,
+        "pe_mode": "ape",
+    }
+    slat = {
+        **_TORSO,
+        "resolution": GRID,
+        "in_channels": 8,
+        "out_channels": 8,
+        "patch_size": 2,
+        "io_block_channels": [12],
+        "num_io_res_blocks": 2,
+        "pe_mode": "ape",
+    }
     decoder = {"resolution": GRID, "latent_channels": 8, "model_channels": 16}
     models = {
-        "sparse_structure_decoder": _write(folder, "ss_dec_conv3d_16l8", {"name": "SparseStructureDecoder", "args": _DECODER}, seed, share=0.05),
-        "sparse_structure_flow_model": _write(folder, "ss_flow_img_dit_L_16l8", {"name": "SparseStructureFlowModel", "args": flow}, seed),
-        "slat_flow_model": _write(folder, "slat_flow_img_dit_L_64l8p2", {"name": "ElasticSLatFlowModel", "args": slat}, seed),
-        "slat_decoder_mesh": _write(folder, "slat_dec_mesh_swin8_B_64l8m256c", {"name": "SLatMeshDecoder", "args": decoder}, seed),
+        "sparse_structure_decoder": _write(
+            folder, "ss_dec_conv3d_16l8", {"name": "SparseStructureDecoder", "args": _DECODER}, seed, share=0.025
+        ),
+        "sparse_structure_flow_model": _write(
+            folder, "ss_flow_img_dit_L_16l8", {"name": "SparseStructureFlowModel", "args": flow}, seed
+        ),
+        "slat_flow_model": _write(
+            folder, "slat_flow_img_dit_L_64l8p2", {"name": "ElasticSLatFlowModel", "args": slat}, seed
+        ),
+        "slat_decoder_mesh": _write(
+            folder, "slat_dec_mesh_swin8_B_64l8m256c", {"name": "SLatMeshDecoder", "args": decoder}, seed
+        ),
     }
     if kind != "Hi3DGenPipeline":
-        models["slat_decoder_gs"] = _write(folder, "slat_dec_gs_swin8_B_64l8gs32", {"name": "SLatGaussianDecoder", "args": decoder}, seed)
-        models["slat_decoder_rf"] = _write(folder, "slat_dec_rf_swin8_B_64l8r16", {"name": "SLatRadianceFieldDecoder", "args": decoder}, seed)
-    sampler = {"name": "FlowEulerGuidanceIntervalSampler", "args": {"sigma_min": 1e-5}, "params": {"steps": steps, "cfg_strength": 5.0, "cfg_interval": [0.5, 1.0], "rescale_t": 3.0}}
-    condition = {"text_cond_model": "openai/clip-vit-large-patch14"} if kind == "TrellisTextTo3DPipeline" else {"image_cond_model": "dinov2_vitl14_reg"}
-    args = {"models": models, "sparse_structure_sampler": sampler, "slat_sampler": sampler, "slat_normalization": _normalization(8, seed), **condition}
+        models["slat_decoder_gs"] = _write(
+            folder, "slat_dec_gs_swin8_B_64l8gs32", {"name": "SLatGaussianDecoder", "args": decoder}, seed
+        )
+        models["slat_decoder_rf"] = _write(
+            folder, "slat_dec_rf_swin8_B_64l8r16", {"name": "SLatRadianceFieldDecoder", "args": decoder}, seed
+        )
+    sampler = {
+        "name": "FlowEulerGuidanceIntervalSampler",
+        "args": {"sigma_min": 1e-5},
+        "params": {"steps": steps, "cfg_strength": 5.0, "cfg_interval": [0.5, 1.0], "rescale_t": 3.0},
+    }
+    condition = (
+        {"text_cond_model": "openai/clip-vit-large-patch14"}
+        if kind == "TrellisTextTo3DPipeline"
+        else {"image_cond_model": "dinov2_vitl14_reg"}
+    )
+    args = {
+        "models": models,
+        "sparse_structure_sampler": sampler,
+        "slat_sampler": sampler,
+        "slat_normalization": _normalization(8, seed),
+        **condition,
+    }
     (Path(folder) / "pipeline.json").write_text(json.dumps({"name": kind, "args": args}, indent=1))
     return Path(folder)
 
@@ -1059,21 +1368,44 @@ def write_trellis2(folder, *, seed=0, steps=4):
     """A checkpoint of the second generation: rotary positions, normed cross-attention, modulation shared by the blocks, shape latents, then texture latents that read them."""
     torso = {**_TORSO, "pe_mode": "rope", "share_mod": True, "qk_rms_norm_cross": True}
     flow = {**torso, "resolution": SIDE, "in_channels": CHANNELS, "out_channels": CHANNELS}
-    shape, texture = ({**torso, "resolution": GRID // 2, "in_channels": channels, "out_channels": 6} for channels in (6, 12))
+    shape, texture = (
+        {**torso, "resolution": GRID // 2, "in_channels": channels, "out_channels": 6} for channels in (6, 12)
+    )
     models = {
-        "sparse_structure_decoder": _write(folder, "ss_dec_conv3d_16l8", {"name": "SparseStructureDecoder", "args": _DECODER}, seed, share=0.02),
-        "sparse_structure_flow_model": _write(folder, "ss_flow_img_dit_1_3B_64", {"name": "SparseStructureFlowModel2", "args": flow}, seed),
-        "shape_slat_flow_model_512": _write(folder, "slat_flow_img2shape_dit_1_3B_512", {"name": "ElasticSLatFlowModel2", "args": shape}, seed),
-        "tex_slat_flow_model_512": _write(folder, "slat_flow_imgshape2tex_dit_1_3B_512", {"name": "ElasticSLatFlowModel2", "args": texture}, seed),
-        "shape_slat_decoder": _write(folder, "shape_dec_next_dc_f16c32", {"name": "FlexiDualGridVaeDecoder", "args": {"resolution": 512, "latent_channels": 6, "grid": GRID // 2}}, seed),
-        "tex_slat_decoder": _write(folder, "tex_dec_next_dc_f16c32", {"name": "SparseUnetVaeDecoder", "args": {"latent_channels": 6}}, seed),
+        "sparse_structure_decoder": _write(
+            folder, "ss_dec_conv3d_16l8", {"name": "SparseStructureDecoder", "args": _DECODER}, seed, share=0.02
+        ),
+        "sparse_structure_flow_model": _write(
+            folder, "ss_flow_img_dit_1_3B_64", {"name": "SparseStructureFlowModel2", "args": flow}, seed
+        ),
+        "shape_slat_flow_model_512": _write(
+            folder, "slat_flow_img2shape_dit_1_3B_512", {"name": "ElasticSLatFlowModel2", "args": shape}, seed
+        ),
+        "tex_slat_flow_model_512": _write(
+            folder, "slat_flow_imgshape2tex_dit_1_3B_512", {"name": "ElasticSLatFlowModel2", "args": texture}, seed
+        ),
+        "shape_slat_decoder": _write(
+            folder,
+            "shape_dec_next_dc_f16c32",
+            {"name": "FlexiDualGridVaeDecoder", "args": {"resolution": 512, "latent_channels": 6, "grid": GRID // 2}},
+            seed,
+        ),
+        "tex_slat_decoder": _write(
+            folder, "tex_dec_next_dc_f16c32", {"name": "SparseUnetVaeDecoder", "args": {"latent_channels": 6}}, seed
+        ),
     }
 
     def sampler(**params):
         return {
             "name": "FlowEulerGuidanceIntervalSampler",
             "args": {"sigma_min": 1e-5},
-            "params": {"steps": steps, "guidance_strength": 7.5, "guidance_interval": [0.6, 1.0], "rescale_t": 5.0, **params},
+            "params": {
+                "steps": steps,
+                "guidance_strength": 7.5,
+                "guidance_interval": [0.6, 1.0],
+                "rescale_t": 5.0,
+                **params,
+            },
         }
 
     args = {
@@ -1083,12 +1415,17 @@ def write_trellis2(folder, *, seed=0, steps=4):
         "tex_slat_sampler": sampler(guidance_strength=1.0, guidance_interval=[0.6, 0.9], rescale_t=3.0),
         "shape_slat_normalization": _normalization(6, seed),
         "tex_slat_normalization": _normalization(6, seed + 1),
-        "image_cond_model": {"name": "DinoV3FeatureExtractor", "args": {"model_name": "facebook/dinov3-vitl16-pretrain-lvd1689m", "width": CONDITION}},
+        "image_cond_model": {
+            "name": "DinoV3FeatureExtractor",
+            "args": {"model_name": "facebook/dinov3-vitl16-pretrain-lvd1689m", "width": CONDITION},
+        },
         "rembg_model": {"name": "BiRefNet", "args": {"model_name": "briaai/RMBG-2.0"}},
         "low_vram": False,
         "default_pipeline_type": "512",
     }
-    (Path(folder) / "pipeline.json").write_text(json.dumps({"name": "Trellis2ImageTo3DPipeline", "args": args}, indent=1))
+    (Path(folder) / "pipeline.json").write_text(
+        json.dumps({"name": "Trellis2ImageTo3DPipeline", "args": args}, indent=1)
+    )
     return Path(folder)
 
 
@@ -1107,7 +1444,11 @@ def picture(kind="red", size=64):
     """A drawn RGBA picture: a coloured shape on nothing."""
     pixels = np.zeros((size, size, 4), np.uint8)
     rows, columns = np.mgrid[:size, :size] / size - 0.5
-    inside = {"red": rows**2 + columns**2 < 0.1, "blue": (abs(rows) < 0.15) & (abs(columns) < 0.35), "green": abs(rows) + abs(columns) < 0.4}[kind]
+    inside = {
+        "red": rows**2 + columns**2 < 0.1,
+        "blue": (abs(rows) < 0.15) & (abs(columns) < 0.35),
+        "green": abs(rows) + abs(columns) < 0.4,
+    }[kind]
     pixels[inside] = {"red": (220, 60, 40, 255), "blue": (40, 80, 220, 255), "green": (60, 190, 80, 255)}[kind]
     return Image.fromarray(pixels)
 
@@ -1119,6 +1460,7 @@ def as_package(*names):
     for name in names:
         package, pipelines = ModuleType(name), ModuleType(f"{name}.pipelines")
         package.__path__, package.pipelines = [], pipelines
+        package.__spec__, pipelines.__spec__ = ModuleSpec(name, None), ModuleSpec(f"{name}.pipelines", None)
         for kind in (TrellisImageTo3DPipeline, TrellisTextTo3DPipeline, Hi3DGenPipeline, Trellis2ImageTo3DPipeline):
             setattr(pipelines, kind.__name__, kind)
         sys.modules[name], sys.modules[f"{name}.pipelines"] = package, pipelines
