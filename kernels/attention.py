@@ -6,13 +6,14 @@ Docs: https://papers10.github.io/papers10/kernels/attention.html.md"""
 
 # %% auto #0
 __all__ = ['MODES', 'SPEC', 'MaskSpec', 'key_range', 'attention_mask', 'required_offset', 'mask_mod', 'attention_reference',
-           'attention', 'multi_attention']
+           'attention', 'multi_attention_reference', 'multi_attention']
 
 # %% ../nbs/kernels/attention.ipynb #406593d5
 import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,25 +168,24 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q, cu_seqlens_k, v
     return list(zip(*lengths))
 
 
-def _by_rows(function, q, k, v, cu_seqlens_q, cu_seqlens_k, valid, most: int, options: dict) -> Tensor:
-    """`function` on groups of at most `most` neighbouring rows of equal lengths, each an ordinary batch."""
-    rows = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, valid)
-    outputs, query, key, row = [], 0, 0, 0
-    for (queries, keys), group in itertools.groupby(rows):
-        count = len(list(group))
-        for start in range(0, count, most):
-            size = min(most, count - start)
-            parts = [
-                tensor[at : at + size * length].unflatten(0, (size, length)).transpose(1, 2)
-                for tensor, at, length in ((q, query, queries), (k, key, keys), (v, key, keys))
-            ]
-            try:
-                outputs.append(function(*parts, **options).transpose(1, 2).flatten(0, 1))
-            except ValueError as problem:
-                raise ValueError(f"packed row {row}: {problem}") from None
-            query, key, row = query + size * queries, key + size * keys, row + size
-    if not outputs:
+def _groups(rows: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Neighbouring rows of equal lengths as one: (rows, queries, keys)."""
+    return [(len(list(group)), queries, keys) for (queries, keys), group in itertools.groupby(rows)]
+
+
+def _by_groups(function, q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int, int]], options: dict) -> Tensor:
+    """`function` on each group, which is an ordinary batch."""
+    if not groups:
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    parts = [tensor.split([count * sizes[place] for count, *sizes in groups]) for tensor, place in ((q, 0), (k, 1), (v, 1))]
+    outputs = []
+    for number, (group, (count, *_)) in enumerate(zip(zip(*parts), groups)):
+        batch = [tensor.unflatten(0, (count, tensor.shape[0] // count)).transpose(1, 2) for tensor in group]
+        try:
+            outputs.append(function(*batch, **options).transpose(1, 2).flatten(0, 1))
+        except ValueError as problem:
+            first = sum(count for count, *_ in groups[:number])
+            raise ValueError(f"packed rows from {first}: {problem}") from None
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 # %% ../nbs/kernels/attention.ipynb #557391f7
@@ -256,7 +256,8 @@ def attention_reference(
     """The formula with every product written out; same arguments as `attention`, any floating dtype."""
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         options = {"mask": mask, "scale": scale, "q_start": q_start, "k_start": k_start}
-        return _by_rows(attention_reference, q, k, v, cu_seqlens_q, cu_seqlens_k, valid, 1, options)
+        rows = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, valid)
+        return _by_groups(attention_reference, q, k, v, [(1, *row) for row in rows], options)
     _check(q, k, v, valid)
     if q.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
@@ -422,90 +423,127 @@ if installed("triton"):
             return 0, 0
 
     @triton.jit
-    def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, G,
-                        Q, K, q_start, k_start, window, scale, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-                        BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
-                        WINDOWED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-        tiles = tl.cdiv(Q, BM)
-        tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-        row, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
-        group = head // (H // G)
-        m, n, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
-        i = tile * BM + m
-        start, end = _valid(start_ptr, end_ptr, row, PADDED)
-        low, high = _tile_bounds(i, Q, q_start, k_start, K, start, end, window, MODE, BLOCK, LOOK, WINDOWED, PADDED)
-        first = tl.min(tl.where(low < high, low, K), 0) // BN * BN
-        last = tl.max(tl.where(low < high, high, 0), 0)
-        inside = (i < Q)[:, None]
-        q_at = q_ptr + row * q_b + head * q_h + (tile * BM).to(tl.int64) * q_t
-        q = tl.load(q_at + m[:, None] * q_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
-        k_at = k_ptr + row * k_b + group * k_h + first.to(tl.int64) * k_t
-        v_at = v_ptr + row * v_b + group * v_h + first.to(tl.int64) * v_t
-        highest = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        sums = tl.zeros([BM, BV], tl.float32)
-        for at in range(first, last, BN):
-            j = at + n
-            k = tl.load(k_at + n[None, :] * k_t + d[:, None], mask=(d < D)[:, None] & (j < K)[None, :], other=0.0)
-            scores = _product(q, k, None, WIDE) * (scale * 1.4426950408889634)
-            scores = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            # A query may not have met a key yet; infinity less infinity would be NaN.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(highest - base)
-            v = tl.load(v_at + n[:, None] * v_t + c[None, :], mask=(j < K)[:, None] & (c < V)[None, :], other=0.0)
-            total = total * shrink + tl.sum(weights, 1)
-            sums = _product(weights.to(v.dtype), v, sums * shrink[:, None], WIDE)
-            highest = higher
-            k_at += BN * k_t
-            v_at += BN * v_t
-        empty = total == 0.0
-        out = sums / tl.where(empty, 1.0, total)[:, None]
-        query = pair.to(tl.int64) * Q + i
-        tl.store(out_ptr + query[:, None] * V + c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside & (c < V)[None, :])
-        tl.store(lse_ptr + query, tl.where(empty, 0.0, highest + tl.log2(tl.where(empty, 1.0, total))), mask=i < Q)
+    def _row(rows_ptr, row, length, PACKED: tl.constexpr):
+        """Batch entry, first token and length of a row; packed rows are all in the one entry 0."""
+        if PACKED:
+            first = tl.load(rows_ptr + row)
+            return row * 0, first, (tl.load(rows_ptr + row + 1) - first).to(tl.int32)
+        else:
+            return row, row * 0, length
 
     @triton.jit
-    def _query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, grad_q_ptr, start_ptr, end_ptr, q_b, q_h, q_t, k_b,
-                      k_h, k_t, v_b, v_h, v_t, H, G, Q, K, q_start, k_start, window, scale, D: tl.constexpr, V: tl.constexpr,
-                      BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
-                      LOOK: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-        tiles = tl.cdiv(Q, BM)
+    def _set(one, row, group, PACKED: tl.constexpr):
+        """Where the keys and values of a row begin, their steps, their number, the first one's number among all, the set's weight."""
+        k_ptr, v_ptr, rows_ptr, k_b, k_h, k_t, v_b, v_h, v_t, length, weight = one
+        batch, first, keys = _row(rows_ptr, row, length, PACKED)
+        k_at = k_ptr + batch * k_b + group * k_h + first * k_t
+        v_at = v_ptr + batch * v_b + group * v_h + first * v_t
+        return k_at, v_at, k_t, v_t, keys, batch * length + first, weight
+
+    @triton.jit
+    def _forward_kernel(q_ptr, out_ptr, start_ptr, end_ptr, rows_ptr, sets, kept, q_b, q_h, q_t, H, G, Q, longest, q_start, k_start,
+                        window, scale, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+                        BN: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, WINDOWED: tl.constexpr,
+                        PADDED: tl.constexpr, PACKED: tl.constexpr, SETS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
+                        WIDE: tl.constexpr):  # fmt: skip
+        tiles = tl.cdiv(longest, BM)
         tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
         row, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
         group = head // (H // G)
         m, n, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
         i = tile * BM + m
         start, end = _valid(start_ptr, end_ptr, row, PADDED)
-        low, high = _tile_bounds(i, Q, q_start, k_start, K, start, end, window, MODE, BLOCK, LOOK, WINDOWED, PADDED)
-        first = tl.min(tl.where(low < high, low, K), 0) // BN * BN
-        last = tl.max(tl.where(low < high, high, 0), 0)
-        inside = (i < Q)[:, None]
-        query = pair.to(tl.int64) * Q + i
-        q_at = q_ptr + row * q_b + head * q_h + (tile * BM).to(tl.int64) * q_t
+        batch, begin, queries = _row(rows_ptr, row, Q, PACKED)
+        inside = (i < queries)[:, None]
+        q_at = q_ptr + batch * q_b + head * q_h + (begin + tile * BM) * q_t
         q = tl.load(q_at + m[:, None] * q_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
-        result_mask = inside & (c < V)[None, :]
-        upstream = tl.load(grad_ptr + query[:, None] * V + c[None, :], mask=result_mask, other=0.0)
-        out = tl.load(out_ptr + query[:, None] * V + c[None, :], mask=result_mask, other=0.0)
-        lse = tl.load(lse_ptr + query, mask=i < Q, other=0.0)
-        delta = tl.sum(out.to(tl.float32) * upstream.to(tl.float32), 1)
-        tl.store(delta_ptr + query, delta, mask=i < Q)
-        k_at = k_ptr + row * k_b + group * k_h + first.to(tl.int64) * k_t
-        v_at = v_ptr + row * v_b + group * v_h + first.to(tl.int64) * v_t
+        line = (batch * H + head) * Q + begin + tile * BM
+        front = ((batch * Q + begin + tile * BM) * H + head) * V
+        place = m[:, None] * (H * V) + c[None, :]
+        out = tl.zeros([BM, BV], tl.float32)
+        for y in tl.static_range(SETS):
+            k_at, v_at, k_t, v_t, keys, _, weight = _set(sets[y], row, group, PACKED)
+            low, high = _tile_bounds(i, queries, q_start, k_start, keys, start, end, window, MODE, BLOCK, LOOK, WINDOWED, PADDED)
+            first = tl.min(tl.where(low < high, low, keys), 0) // BN * BN
+            last = tl.max(tl.where(low < high, high, 0), 0)
+            k_at += first.to(tl.int64) * k_t
+            v_at += first.to(tl.int64) * v_t
+            highest = tl.full([BM], float("-inf"), tl.float32)
+            total = tl.zeros([BM], tl.float32)
+            sums = tl.zeros([BM, BV], tl.float32)
+            for at in range(first, last, BN):
+                j = at + n
+                k = tl.load(k_at + n[None, :] * k_t + d[:, None], mask=(d < D)[:, None] & (j < keys)[None, :], other=0.0)
+                scores = _product(q, k, None, WIDE) * (scale * 1.4426950408889634)
+                scores = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), scores, float("-inf"))
+                higher = tl.maximum(highest, tl.max(scores, 1))
+                # A query may not have met a key yet; infinity less infinity would be NaN.
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores - base[:, None])
+                shrink = tl.exp2(highest - base)
+                v = tl.load(v_at + n[:, None] * v_t + c[None, :], mask=(j < keys)[:, None] & (c < V)[None, :], other=0.0)
+                total = total * shrink + tl.sum(weights, 1)
+                sums = _product(weights.to(v.dtype), v, sums * shrink[:, None], WIDE)
+                highest = higher
+                k_at += BN * k_t
+                v_at += BN * v_t
+            empty = total == 0.0
+            part = sums / tl.where(empty, 1.0, total)[:, None]
+            part_ptr, lse_ptr, delta_ptr = kept[y]
+            tl.store(lse_ptr + line + m, tl.where(empty, 0.0, highest + tl.log2(tl.where(empty, 1.0, total))), mask=i < queries)
+            if KEEP:
+                tl.store(part_ptr + front + place, part.to(part_ptr.dtype.element_ty), mask=inside & (c < V)[None, :])
+            out = out + weight * part if WEIGHTED else part
+        tl.store(out_ptr + front + place, out.to(out_ptr.dtype.element_ty), mask=inside & (c < V)[None, :])
+
+    @triton.jit
+    def _query_kernel(q_ptr, grad_ptr, grad_q_ptr, start_ptr, end_ptr, rows_ptr, sets, kept, q_b, q_h, q_t, H, G, Q, longest, q_start,
+                      k_start, window, scale, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, WINDOWED: tl.constexpr,
+                      PADDED: tl.constexpr, PACKED: tl.constexpr, SETS: tl.constexpr, WEIGHTED: tl.constexpr,
+                      WIDE: tl.constexpr):  # fmt: skip
+        tiles = tl.cdiv(longest, BM)
+        tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+        row, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
+        group = head // (H // G)
+        m, n, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
+        i = tile * BM + m
+        start, end = _valid(start_ptr, end_ptr, row, PADDED)
+        batch, begin, queries = _row(rows_ptr, row, Q, PACKED)
+        inside = (i < queries)[:, None]
+        line = (batch * H + head) * Q + begin + tile * BM
+        front = (batch * Q + begin + tile * BM) * H + head
+        place = m[:, None] * (H * V) + c[None, :]
+        q_at = q_ptr + batch * q_b + head * q_h + (begin + tile * BM) * q_t
+        q = tl.load(q_at + m[:, None] * q_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+        upstream = tl.load(grad_ptr + front * V + place, mask=inside & (c < V)[None, :], other=0.0)
         grad_q = tl.zeros([BM, BD], tl.float32)
-        for at in range(first, last, BN):
-            j = at + n
-            k = tl.load(k_at + n[None, :] * k_t + d[:, None], mask=(d < D)[:, None] & (j < K)[None, :], other=0.0)
-            v = tl.load(v_at + n[None, :] * v_t + c[:, None], mask=(c < V)[:, None] & (j < K)[None, :], other=0.0)
-            scores = _product(q, k, None, WIDE) * (scale * 1.4426950408889634)
-            seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-            weights = tl.exp2(tl.where(seen, scores - lse[:, None], float("-inf")))
-            slope = weights * (_product(upstream, v, None, WIDE) - delta[:, None])
-            grad_q = _product(slope.to(k.dtype), tl.trans(k), grad_q, WIDE)
-            k_at += BN * k_t
-            v_at += BN * v_t
-        grad_q_at = grad_q_ptr + query[:, None] * D + d[None, :]
+        for y in tl.static_range(SETS):
+            k_at, v_at, k_t, v_t, keys, _, weight = _set(sets[y], row, group, PACKED)
+            part_ptr, lse_ptr, delta_ptr = kept[y]
+            part = tl.load(part_ptr + front * V + place, mask=inside & (c < V)[None, :], other=0.0)
+            lse = tl.load(lse_ptr + line + m, mask=i < queries, other=0.0)
+            delta = tl.sum(part.to(tl.float32) * upstream.to(tl.float32), 1)
+            tl.store(delta_ptr + line + m, delta, mask=i < queries)
+            low, high = _tile_bounds(i, queries, q_start, k_start, keys, start, end, window, MODE, BLOCK, LOOK, WINDOWED, PADDED)
+            first = tl.min(tl.where(low < high, low, keys), 0) // BN * BN
+            last = tl.max(tl.where(low < high, high, 0), 0)
+            k_at += first.to(tl.int64) * k_t
+            v_at += first.to(tl.int64) * v_t
+            for at in range(first, last, BN):
+                j = at + n
+                k = tl.load(k_at + n[None, :] * k_t + d[:, None], mask=(d < D)[:, None] & (j < keys)[None, :], other=0.0)
+                v = tl.load(v_at + n[None, :] * v_t + c[:, None], mask=(c < V)[:, None] & (j < keys)[None, :], other=0.0)
+                scores = _product(q, k, None, WIDE) * (scale * 1.4426950408889634)
+                seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+                weights = tl.exp2(tl.where(seen, scores - lse[:, None], float("-inf")))
+                slope = weights * (_product(upstream, v, None, WIDE) - delta[:, None])
+                if WEIGHTED:
+                    slope *= weight
+                grad_q = _product(slope.to(k.dtype), tl.trans(k), grad_q, WIDE)
+                k_at += BN * k_t
+                v_at += BN * v_t
+        grad_q_at = grad_q_ptr + front * D + m[:, None] * (H * D) + d[None, :]
         tl.store(grad_q_at, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=inside & (d < D)[None, :])
 
     @triton.jit
@@ -526,37 +564,43 @@ if installed("triton"):
         return least
 
     @triton.jit
-    def _key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, grad_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, start_ptr, end_ptr, q_b, q_h, q_t, k_b,
-                    k_h, k_t, v_b, v_h, v_t, H, G, Q, K, q_start, k_start, window, scale, D: tl.constexpr, V: tl.constexpr,
-                    BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
-                    LOOK: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-        tiles = tl.cdiv(K, BN)
+    def _key_kernel(q_ptr, grad_ptr, grad_k_ptr, grad_v_ptr, start_ptr, end_ptr, rows_ptr, one, kept, q_b, q_h, q_t, H, G, Q, longest,
+                    q_start, k_start, window, scale, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
+                    WINDOWED: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
+                    WIDE: tl.constexpr):  # fmt: skip
+        tiles = tl.cdiv(longest, BN)
         tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
         row, group = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
         m, n, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
         j = tile * BN + n
         start, end = _valid(start_ptr, end_ptr, row, PADDED)
-        first = _first_query(tile * BN, Q, q_start, k_start, K, start, end, window, True, MODE, BLOCK, LOOK, WINDOWED, PADDED) // BM * BM
-        last = _first_query(tile * BN + BN, Q, q_start, k_start, K, start, end, window, False, MODE, BLOCK, LOOK, WINDOWED, PADDED)
-        key_mask, value_mask = (j < K)[:, None] & (d < D)[None, :], (j < K)[:, None] & (c < V)[None, :]
-        k_at = k_ptr + row * k_b + group * k_h + (tile * BN).to(tl.int64) * k_t
-        v_at = v_ptr + row * v_b + group * v_h + (tile * BN).to(tl.int64) * v_t
+        batch, begin, queries = _row(rows_ptr, row, Q, PACKED)
+        k_at, v_at, k_t, v_t, keys, front, weight = _set(one, row, group, PACKED)
+        part_ptr, lse_ptr, delta_ptr = kept
+        first = _first_query(tile * BN, queries, q_start, k_start, keys, start, end, window, True, MODE, BLOCK, LOOK, WINDOWED, PADDED)
+        first = first // BM * BM
+        last = _first_query(tile * BN + BN, queries, q_start, k_start, keys, start, end, window, False, MODE, BLOCK, LOOK, WINDOWED, PADDED)
+        key_mask, value_mask = (j < keys)[:, None] & (d < D)[None, :], (j < keys)[:, None] & (c < V)[None, :]
+        k_at += (tile * BN).to(tl.int64) * k_t
+        v_at += (tile * BN).to(tl.int64) * v_t
         k = tl.load(k_at + n[:, None] * k_t + d[None, :], mask=key_mask, other=0.0)
         v = tl.load(v_at + n[:, None] * v_t + c[None, :], mask=value_mask, other=0.0)
         grad_k = tl.zeros([BN, BD], tl.float32)
         grad_v = tl.zeros([BN, BV], tl.float32)
         for member in range(0, H // G):
             head = group * (H // G) + member
-            before = (row * H + head) * Q + first
-            q_at = q_ptr + row * q_b + head * q_h + first.to(tl.int64) * q_t
+            line = (batch * H + head) * Q + begin + first
+            upstream_at = grad_ptr + ((batch * Q + begin + first) * H + head) * V
+            q_at = q_ptr + batch * q_b + head * q_h + (begin + first) * q_t
             for at in range(first, last, BM):
                 i = at + m
-                low, high = _tile_bounds(i, Q, q_start, k_start, K, start, end, window, MODE, BLOCK, LOOK, WINDOWED, PADDED)
-                q = tl.load(q_at + m[:, None] * q_t + d[None, :], mask=(i < Q)[:, None] & (d < D)[None, :], other=0.0)
-                upstream_at = grad_ptr + before * V
-                upstream = tl.load(upstream_at + m[:, None] * V + c[None, :], mask=(i < Q)[:, None] & (c < V)[None, :], other=0.0)
-                lse = tl.load(lse_ptr + before + m, mask=i < Q, other=0.0)
-                delta = tl.load(delta_ptr + before + m, mask=i < Q, other=0.0)
+                low, high = _tile_bounds(i, queries, q_start, k_start, keys, start, end, window, MODE, BLOCK, LOOK, WINDOWED, PADDED)
+                inside = (i < queries)[:, None]
+                q = tl.load(q_at + m[:, None] * q_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+                upstream = tl.load(upstream_at + m[:, None] * (H * V) + c[None, :], mask=inside & (c < V)[None, :], other=0.0)
+                lse = tl.load(lse_ptr + line + m, mask=i < queries, other=0.0)
+                delta = tl.load(delta_ptr + line + m, mask=i < queries, other=0.0)
                 scores = _product(k, tl.trans(q), None, WIDE) * (scale * 1.4426950408889634)
                 seen = (j[:, None] >= low[None, :]) & (j[:, None] < high[None, :])
                 weights = tl.exp2(tl.where(seen, scores - lse[None, :], float("-inf")))
@@ -564,24 +608,31 @@ if installed("triton"):
                 slope = weights * (_product(v, tl.trans(upstream), None, WIDE) - delta[None, :])
                 grad_k = _product(slope.to(q.dtype), q, grad_k, WIDE)
                 q_at += BM * q_t
-                before += BM
-        key = pair.to(tl.int64) * K + j
-        tl.store(grad_k_ptr + key[:, None] * D + d[None, :], (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=key_mask)
-        tl.store(grad_v_ptr + key[:, None] * V + c[None, :], grad_v.to(grad_v_ptr.dtype.element_ty), mask=value_mask)
+                upstream_at += BM * H * V
+                line += BM
+        if WEIGHTED:
+            grad_k *= weight
+            grad_v *= weight
+        front = (front + tile * BN) * G + group
+        tl.store(grad_k_ptr + front * D + n[:, None] * (G * D) + d[None, :], (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=key_mask)
+        tl.store(grad_v_ptr + front * V + n[:, None] * (G * V) + c[None, :], grad_v.to(grad_v_ptr.dtype.element_ty), mask=value_mask)
 
 # %% ../nbs/kernels/attention.ipynb #9345d56a
 _MOST_WIDTH = 256
 _MODE = {mode: number for number, mode in enumerate(MODES)}
 
 
-def _constants(width: int, value: int, spec: MaskSpec, padded: bool, exact: bool, backward: bool) -> tuple[dict, int]:
-    """Constants of a kernel, and its warps."""
+def _constants(width: int, value: int, spec: MaskSpec, exact: bool, backward: bool, **switches) -> tuple[dict, int]:
+    """Constants of a kernel, and its warps; `switches` are those that are given as they are."""
     sizes = {name: max(16, 1 << (size - 1).bit_length()) for name, size in (("BD", width), ("BV", value))}
     widest = max(sizes.values())
     tile, warps = _TILES[exact, backward][0 if widest <= 64 else 1 if widest <= 128 else 2]
+    if switches.get("SETS", 1) > 1:
+        # A second accumulator: the result of one set, and the sum over sets.
+        warps = 8
     return {
         "D": width, "V": value, **sizes, **dict(zip(("BM", "BN"), tile)), "MODE": _MODE[spec.mode], "BLOCK": spec.block_size,
-        "LOOK": spec.lookahead, "WINDOWED": spec.window is not None, "PADDED": padded, "WIDE": exact or interpreting(),
+        "LOOK": spec.lookahead, "WINDOWED": spec.window is not None, "WIDE": exact or interpreting(), **switches,
     }, warps  # fmt: skip
 
 
@@ -594,77 +645,113 @@ _TILES = {
 }
 
 
-def _spec(mode: str, block: int, look: int, window: int) -> MaskSpec:
-    return MaskSpec(mode, block, look, window or None)
-
-
 def _rows_of_numbers(tensor: Tensor) -> Tensor:
     """A layout that the kernels read: channels side by side."""
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 
-def _launch(kernel, tiles: int, tensors: tuple, bounds: tuple, qkv: tuple, spec: MaskSpec, q_start, k_start, scale, constants, warps):
-    q, k, v = qkv
-    strides = [step for tensor in qkv for step in tensor.stride()[:3]]
-    with on_device(q):
-        kernel[(tiles,)](
-            *tensors, *bounds, *strides, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q_start, k_start, spec.window or 0, scale,
-            **constants, num_warps=warps,
-        )  # fmt: skip
+class _Call(NamedTuple):
+    """What every launch of one call has in common: bounds of padding and of packed rows, longest rows, rule, places, scale."""
+
+    start: Tensor | None
+    end: Tensor | None
+    rows_q: Tensor | None
+    rows_k: list[Tensor]
+    longest: list[int]
+    mode: str
+    block: int
+    look: int
+    window: int
+    q_start: int
+    k_start: int
+    scale: float
+
+    def sets(self, q: Tensor, keys: list[Tensor], values: list[Tensor], weights: Tensor | None) -> tuple:
+        """One tuple a set, as `_set` reads it."""
+        numbers = [1.0] * len(keys) if weights is None else weights.tolist()
+        rows = self.rows_k or [q] * len(keys)
+        return tuple((k, v, row, *k.stride()[:3], *v.stride()[:3], k.shape[2], number) for k, v, row, number in zip(keys, values, rows, numbers))
+
+    def launch(self, kernel, tensors: tuple, q: Tensor, k: Tensor, v: Tensor, sets: tuple, kept: tuple, by_key: int | None = None, **switches) -> None:
+        """Starts one program a tile of queries, or of the keys of the set `by_key`, for every row and head."""
+        spec = MaskSpec(self.mode, self.block, self.look, self.window or None)
+        constants, warps = _constants(q.shape[3], v.shape[3], spec, q.dtype == torch.float32, kernel is not _forward_kernel,
+                                      PADDED=self.start is not None, PACKED=self.rows_q is not None, **switches)  # fmt: skip
+        length, step, heads = (self.longest[0], "BM", q.shape[1]) if by_key is None else (self.longest[1 + by_key], "BN", k.shape[1])
+        rows = q.shape[0] if self.rows_q is None else self.rows_q.shape[0] - 1
+        if programs := triton.cdiv(length, constants[step]) * rows * heads:
+            optional = (q if bound is None else bound for bound in (self.start, self.end, self.rows_q))
+            with on_device(q):
+                kernel[(programs,)](
+                    *tensors, *optional, sets, kept, *q.stride()[:3], q.shape[1], k.shape[1], q.shape[2], length, self.q_start,
+                    self.k_start, self.window, self.scale, **constants, num_warps=warps,
+                )  # fmt: skip
+
+
+def _by_tokens(like: Tensor, *front: int, width: int | None = None) -> Tensor:
+    """Room for [*front, batch, heads, tokens, channels] in which the heads of a token lie side by side, as the layer after it reads them."""
+    batch, heads, tokens, channels = like.shape
+    return like.new_empty(*front, batch, tokens, heads, width or channels).transpose(-3, -2)
 
 
 @torch.library.custom_op(op_name("attention", __name__), mutates_args=())
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, mode: str, block: int, look: int, window: int,
-                q_start: int, k_start: int, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = map(_rows_of_numbers, (q, k, v))
-    spec = _spec(mode, block, look, window)
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    constants, warps = _constants(q.shape[3], v.shape[3], spec, start is not None, q.dtype == torch.float32, False)
-    bounds = (q, q) if start is None else (start, end)
-    tiles = triton.cdiv(q.shape[2], constants["BM"]) * q.shape[0] * q.shape[1]
-    if tiles:
-        _launch(_forward_kernel, tiles, (q, k, v, out, lse), bounds, (q, k, v), spec, q_start, k_start, scale, constants, warps)
-    return out, lse
+def _forward_op(q: Tensor, keys: list[Tensor], values: list[Tensor], weights: Tensor | None, start: Tensor | None, end: Tensor | None,
+                rows_q: Tensor | None, rows_k: list[Tensor], longest: list[int], mode: str, block: int, look: int, window: int,
+                q_start: int, k_start: int, scale: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Result, results of the single sets (none unless `keep` and weighted), logarithms of the sums in base 2 [sets, B, H, Q]."""
+    call = _Call(start, end, rows_q, rows_k, longest, mode, block, look, window, q_start, k_start, scale)
+    q, keys, values = _rows_of_numbers(q), [*map(_rows_of_numbers, keys)], [*map(_rows_of_numbers, values)]
+    out, parts, lse = _forward_shapes(q, keys, values, weights, *call, keep)
+    keep = keep and weights is not None
+    kept = tuple((parts[y] if keep else lse, lse[y], lse) for y in range(len(keys)))
+    switches = {"SETS": len(keys), "WEIGHTED": weights is not None, "KEEP": keep}
+    call.launch(_forward_kernel, (q, out), q, keys[0], values[0], call.sets(q, keys, values, weights), kept, **switches)
+    return out, parts, lse
 
 
 @_forward_op.register_fake
-def _forward_shapes(q, k, v, start, end, mode, block, look, window, q_start, k_start, scale):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _forward_shapes(q, keys, values, weights, start, end, rows_q, rows_k, longest, mode, block, look, window, q_start, k_start, scale, keep):
+    count, width = len(keys), values[0].shape[3]
+    parts = _by_tokens(q, count if keep and weights is not None else 0, width=width)
+    return _by_tokens(q, width=width), parts, q.new_empty(count, *q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(op_name("attention_backward", __name__), mutates_args=())
-def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None,
-                 mode: str, block: int, look: int, window: int, q_start: int, k_start: int,
-                 scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, grad = *map(_rows_of_numbers, (q, k, v)), grad.contiguous()
-    spec = _spec(mode, block, look, window)
-    grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty_like(lse)
-    constants, warps = _constants(q.shape[3], v.shape[3], spec, start is not None, q.dtype == torch.float32, True)
-    bounds = (q, q) if start is None else (start, end)
-    rest = (bounds, (q, k, v), spec, q_start, k_start, scale, constants, warps)
-    tiles = triton.cdiv(q.shape[2], constants["BM"]) * q.shape[0] * q.shape[1]
-    if tiles:
-        _launch(_query_kernel, tiles, (q, k, v, out, lse, grad, delta, grad_q), *rest)
-    tiles = triton.cdiv(k.shape[2], constants["BN"]) * k.shape[0] * k.shape[1]
-    if tiles:
-        _launch(_key_kernel, tiles, (q, k, v, lse, grad, delta, grad_k, grad_v), *rest)
-    return grad_q, grad_k, grad_v
+def _backward_op(grad: Tensor, q: Tensor, keys: list[Tensor], values: list[Tensor], weights: Tensor | None, parts: Tensor, lse: Tensor,
+                 start: Tensor | None, end: Tensor | None, rows_q: Tensor | None, rows_k: list[Tensor], longest: list[int], mode: str,
+                 block: int, look: int, window: int, q_start: int, k_start: int,
+                 scale: float) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    call = _Call(start, end, rows_q, rows_k, longest, mode, block, look, window, q_start, k_start, scale)
+    q, keys, values = _rows_of_numbers(q), [*map(_rows_of_numbers, keys)], [*map(_rows_of_numbers, values)]
+    grad = grad.transpose(1, 2).contiguous()
+    grad_q, grads_k, grads_v, _ = _backward_shapes(grad, q, keys, values, weights, parts, lse)
+    delta, sets, weighted = torch.empty_like(lse), call.sets(q, keys, values, weights), weights is not None
+    kept = tuple((parts[y], lse[y], delta[y]) for y in range(len(keys)))
+    call.launch(_query_kernel, (q, grad, grad_q), q, keys[0], values[0], sets, kept, SETS=len(keys), WEIGHTED=weighted)
+    for y, (k, v) in enumerate(zip(keys, values)):
+        call.launch(_key_kernel, (q, grad, grads_k[y], grads_v[y]), q, k, v, sets[y], kept[y], by_key=y, WEIGHTED=weighted)
+    return grad_q, grads_k, grads_v, delta.sum((1, 2, 3))
 
 
 @_backward_op.register_fake
-def _backward_shapes(grad, q, k, v, *rest):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+def _backward_shapes(grad, q, keys, values, weights, parts, lse, *rest):
+    return _by_tokens(q), [_by_tokens(k) for k in keys], [_by_tokens(v) for v in values], lse.new_empty(len(keys))
 
 
 def _keep_for_backward(ctx, inputs, output):
-    q, k, v, start, end, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, start, end)
+    q, keys, values, weights, start, end, rows_q, rows_k, longest, *settings, _ = inputs
+    out, parts, lse = output
+    ctx.sizes, ctx.settings = (len(keys), len(rows_k)), (longest, *settings)
+    ctx.save_for_backward(q, *keys, *values, *rows_k, weights, out[None] if weights is None else parts, lse, start, end, rows_q)
 
 
-def _gradients(ctx, grad, unused):
-    return (*_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 9)
+def _gradients(ctx, grad, *unused):
+    count, packed = ctx.sizes
+    q, *lists, weights, parts, lse, start, end, rows_q = ctx.saved_tensors
+    keys, values, rows_k = lists[:count], lists[count : 2 * count], lists[2 * count :]
+    grad_q, grads_k, grads_v, grad_w = _backward_op(grad, q, keys, values, weights, parts, lse, start, end, rows_q, rows_k, *ctx.settings)
+    grad_w = None if weights is None else grad_w.to(weights)
+    return grad_q, grads_k, grads_v, grad_w, None, None, None, [None] * packed, *[None] * 9
 
 
 def _refuse_second_derivative(ctx, *grads):
@@ -684,22 +771,44 @@ def _facts(spec: MaskSpec, queries: int, keys: int, q_start: int, k_start: int) 
     return int(empty.nonzero()[0]) if bool(empty.any()) else None, bool(((low == 0) & (high == keys)).all())
 
 
-def _attention_triton(q, k, v, mask, scale, valid, q_start, k_start) -> Tensor:
-    spec = mask or MaskSpec("full")
-    if valid is None:
-        query, _ = _facts(spec, q.shape[2], k.shape[2], q_start, k_start)
-        if query is not None and q.shape[0]:
-            raise ValueError(f"mask: expected at least one key for every query, got none for query {query} of row 0")
-        start = end = None
-    else:
-        _ranges(q, k, mask, valid, q_start, k_start)
+class _Rows(NamedTuple):
+    """Packed rows: (queries, keys) of each row for every set, and the bounds themselves."""
+
+    lengths: list[list[tuple[int, int]]]
+    bounds_q: Tensor
+    bounds_k: list[Tensor]
+
+
+def _check_keys(mask: MaskSpec | None, lengths: list[tuple[int, int]], q_start: int, k_start: int) -> None:
+    """Raises ValueError for a query without any key in rows of (queries, keys) without padding."""
+    for queries, keys in dict.fromkeys(lengths):
+        query, _ = _facts(mask or MaskSpec("full"), queries, keys, q_start, k_start)
+        if query is not None:
+            row = lengths.index((queries, keys))
+            raise ValueError(f"mask: expected at least one key for every query, got none for query {query} of row {row}")
+
+
+def _attention_triton(q, sets, weights, mask, scale, valid, q_start, k_start, rows: _Rows | None = None) -> Tensor:
+    """`weights` None (one set, as it is) or a tensor [sets]; with `rows` the tensors are packed. Ranges are checked by the caller."""
+    spec, start, end, rows_q, rows_k = mask or MaskSpec("full"), None, None, None, []
+    if valid is not None:
         start, end = (bound.to(q.device, torch.int64) for bound in valid)
-    settings = spec.mode, spec.block_size, spec.lookahead, spec.window or 0, q_start, k_start
-    return _forward_op(q, k, v, start, end, *settings, float(q.shape[3] ** -0.5 if scale is None else scale))[0]
+    if rows:
+        q, sets = q.transpose(0, 1)[None], [(k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in sets]
+        rows_q, *rows_k = (bounds.to(q.device, torch.int64) for bounds in (rows.bounds_q, *rows.bounds_k))
+        longest = [max((length[0] for length in rows.lengths[0]), default=0), *(max((keys for _, keys in each), default=0) for each in rows.lengths)]
+    else:
+        longest = [q.shape[2], *(k.shape[2] for k, _ in sets)]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, *itertools.chain(*sets), *([] if weights is None else [weights])))
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    out, _, _ = _forward_op(q, *map(list, zip(*sets)), weights, start, end, rows_q, rows_k, longest, spec.mode, spec.block_size,
+                            spec.lookahead, spec.window or 0, q_start, k_start, scale, keep)  # fmt: skip
+    return out[0].transpose(0, 1) if rows else out
 
 # %% ../nbs/kernels/attention.ipynb #e5c772ab
 _OFFERED = ("reference", "torch", "triton")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_SETS = 3
 
 
 def _autocast(device: str):
@@ -709,6 +818,30 @@ def _autocast(device: str):
     return lambda dtype: dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
+def _refusal(q: Tensor, sets: list[tuple[Tensor, Tensor]]) -> Exception | None:
+    """Why the Triton kernels do not take these tensors, if so."""
+    narrow, tensors = _autocast(q.device.type), [q, *itertools.chain(*sets)]
+    if len({narrow(t.dtype) for t in tensors}) > 1 or narrow(q.dtype) not in _TRITON_DTYPES:
+        got = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+        return TypeError(f"backend: expected q, k, v all float32, bfloat16 or float16 for 'triton', got {got}; use backend='torch'")
+    width = max(t.shape[-1] for t in tensors)
+    if width > _MOST_WIDTH:
+        return ValueError(f"backend: expected at most {_MOST_WIDTH} channels for 'triton', got {width}; use backend='torch'")
+    if len(sets) > _MOST_SETS:
+        return ValueError(f"backend: expected at most {_MOST_SETS} sets that count for 'triton', got {len(sets)}; use backend='torch'")
+    return None
+
+
+def _narrowed(q: Tensor, sets: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    narrow = _autocast(q.device.type)
+    return q.to(narrow(q.dtype)), [(k.to(narrow(k.dtype)), v.to(narrow(v.dtype))) for k, v in sets]
+
+
+def _second_derivatives() -> bool:
+    """Without the fused kernels somebody wants second derivatives, which only the dense path has."""
+    return not torch.backends.cuda.flash_sdp_enabled()
+
+# %% ../nbs/kernels/attention.ipynb #c670e479
 def attention(
     q: Float[Tensor, "batch heads queries width"],
     k: Float[Tensor, "batch kv_heads keys width"],
@@ -735,46 +868,107 @@ def attention(
     key, TypeError for other than floating tensors and for a dtype that the backend does not take.
     """
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        options = {"mask": mask, "scale": scale, "q_start": q_start, "k_start": k_start, "backend": backend}
-        return _by_rows(attention, q, k, v, cu_seqlens_q, cu_seqlens_k, valid, q.shape[0] + 1, options)
+        return _attention_packed(q, k, v, mask, scale, valid, q_start, k_start, cu_seqlens_q, cu_seqlens_k, backend)
     _check(q, k, v, valid)
     grouped, queries, keys = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
     causal = mask is not None and mask.mode in ("causal", "frame_causal") and valid is None
     covered = mask is not None and (mask.window is None or mask.window >= keys + max(q_start - k_start, 0))
     causal = causal and covered and q_start == k_start and queries == keys
-    # Without the fused kernels somebody wants second derivatives, which only the dense path has.
-    fused = torch.backends.cuda.flash_sdp_enabled()
-    narrow = _autocast(q.device.type)
-    refused = len({narrow(t.dtype) for t in (q, k, v)}) > 1 or narrow(q.dtype) not in _TRITON_DTYPES
-    large = max(q.shape[3], v.shape[3]) > _MOST_WIDTH
+    refusal, fused = _refusal(q, [(k, v)]), not _second_derivatives()
+    everything = valid is None and keys > 0 and (mask is None or mask.mode == "full" and mask.window is None)
     # A few queries (a step of generation) make one tile that walks over all keys alone: too little work for a card.
-    skip = causal or not fused or refused or large or queries < 16
+    skip = causal or everything or not fused or refusal is not None or queries < 16
     if q.is_cuda and not skip and valid is None:
         skip = _facts(mask or MaskSpec("full"), queries, keys, q_start, k_start)[1]
-    skips = ("triton",) if skip else ()
-    chosen = resolve_backend(backend, q, _OFFERED, kernel="attention", auto_skips=skips)
+    chosen = resolve_backend(backend, q, _OFFERED, kernel="attention", auto_skips=("triton",) if skip else ())
     if chosen == "reference":
         return attention_reference(q, k, v, mask=mask, scale=scale, valid=valid, q_start=q_start, k_start=k_start)
-    if chosen == "triton" and refused:
-        got = ", ".join(str(t.dtype).removeprefix("torch.") for t in (q, k, v))
-        raise TypeError(f"backend: expected q, k, v all float32, bfloat16 or float16 for 'triton', got {got}; use backend='torch'")
-    if chosen == "triton" and large:
-        raise ValueError(f"backend: expected at most {_MOST_WIDTH} channels for 'triton', got {max(q.shape[3], v.shape[3])}; use backend='torch'")
+    if chosen == "triton" and refusal is not None:
+        raise refusal
     if queries == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    if causal and chosen == "torch":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if chosen == "triton":
+        if valid is None:
+            _check_keys(mask, [(queries, keys)] * q.shape[0], q_start, k_start)
+        else:
+            _ranges(q, k, mask, valid, q_start, k_start)
+        return _attention_triton(*_narrowed(q, [(k, v)]), None, mask, scale, valid, q_start, k_start)
+    if causal or everything:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
     blocks = _blocks(mask, queries, keys, q_start, k_start) if mask is not None and fused else None
-    if chosen == "triton" or blocks is not None:
-        q, k, v = (t.to(narrow(t.dtype)) for t in (q, k, v))
-        if chosen == "triton":
-            return _attention_triton(q, k, v, mask, scale, valid, q_start, k_start)
+    if blocks is not None:
+        q, [(k, v)] = _narrowed(q, [(k, v)])
         return _attention_by_blocks(q, k, v, mask, scale, valid, q_start, k_start, blocks)
     allowed, padding = _allowed(q, k, mask, valid, q_start, k_start)
     if padding is not None:
         allowed = allowed | padding[:, None, :, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
     return out if padding is None else out.masked_fill(padding[:, None, :, None], 0)
+
+# %% ../nbs/kernels/attention.ipynb #06b49695
+def _attention_packed(q, k, v, mask, scale, valid, q_start, k_start, cu_seqlens_q, cu_seqlens_k, backend) -> Tensor:
+    lengths = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, valid)
+    groups, refusal = _groups(lengths), _refusal(q, [(k, v)])
+    skip = len(groups) < 2 or refusal is not None or _second_derivatives()
+    chosen = resolve_backend(backend, q, _OFFERED, kernel="attention", auto_skips=("triton",) if skip else ())
+    if chosen == "triton":
+        if refusal is not None:
+            raise refusal
+        _check_keys(mask, lengths, q_start, k_start)
+        rows = _Rows([lengths], cu_seqlens_q, [cu_seqlens_k])
+        return _attention_triton(*_narrowed(q, [(k, v)]), None, mask, scale, None, q_start, k_start, rows)
+    options = {"mask": mask, "scale": scale, "q_start": q_start, "k_start": k_start}
+    # One group is an ordinary batch, for which "auto" decides anew.
+    return _by_groups(attention, q, k, v, groups, {**options, "backend": backend if len(groups) < 2 else chosen})
+
+# %% ../nbs/kernels/attention.ipynb #f581b664
+def _check_sets(sets, weights, cu_seqlens_k) -> tuple[list[float], list[Tensor | None], list[int], bool]:
+    """Weights as numbers, bounds of the keys of each set, the sets that count, and whether the weights want a gradient."""
+    tensor = isinstance(weights, Tensor)
+    if tensor and (weights.dim() != 1 or not weights.is_floating_point()):
+        raise ValueError(f"weights: expected a floating tensor [{len(sets)}], got {weights.dtype} {list(weights.shape)}")
+    numbers = weights.tolist() if tensor else [float(weight) for weight in weights]
+    if len(sets) != len(numbers) or not sets:
+        raise ValueError(f"weights: expected one number a set, got {len(numbers)} for {len(sets)} sets")
+    if not all(math.isfinite(number) for number in numbers) or not any(numbers):
+        raise ValueError(f"weights: expected finite numbers and at least one that is not 0, got {numbers}")
+    bounds = list(cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else [cu_seqlens_k] * len(sets)
+    if len(bounds) != len(sets):
+        raise ValueError(f"cu_seqlens_k: expected one tensor, or one for each of {len(sets)} sets, got {len(bounds)}")
+    wanted = tensor and weights.requires_grad and torch.is_grad_enabled()
+    count = [index for index, number in enumerate(numbers) if number != 0 or wanted]
+    shapes = [(*sets[index][1].shape[1:2], *sets[index][1].shape[-1:]) for index in count]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"sets: expected the same heads and channels in the values of every set, got {shapes}")
+    return numbers, bounds, count, wanted
+
+
+def _each_set(function, q, sets, weights, bounds, count, **options):
+    """(weight, its attention) of the sets that count, in float32 at least; errors name the set."""
+    for index in count:
+        try:
+            part = function(q, *sets[index], cu_seqlens_k=bounds[index], **options)
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"set {index}: {problem}") from None
+        part, weight = part.to(torch.promote_types(part.dtype, torch.float32)), weights[index]
+        yield weight.to(part.device, part.dtype) if isinstance(weight, Tensor) else weight, part
+
+
+def multi_attention_reference(
+    q: Float[Tensor, "batch heads queries width"],
+    sets: list[tuple[Tensor, Tensor]],
+    weights: list[float] | Float[Tensor, "sets"],
+    *,
+    mask: MaskSpec | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Int[Tensor, "rows_plus_one"] | None = None,
+    cu_seqlens_k: list[Tensor] | Tensor | None = None,
+) -> Float[Tensor, "batch heads queries value_width"]:
+    """The sum, set by set by `attention_reference`; same arguments as `multi_attention`, any floating dtype."""
+    numbers, bounds, count, wanted = _check_sets(sets, weights, cu_seqlens_k)
+    options = {"mask": mask, "scale": scale, "cu_seqlens_q": cu_seqlens_q}
+    parts = _each_set(attention_reference, q, sets, weights if wanted else numbers, bounds, count, **options)
+    return sum(weight * part for weight, part in parts).to(q.dtype)
 
 # %% ../nbs/kernels/attention.ipynb #04cac4ea
 def multi_attention(
@@ -790,27 +984,53 @@ def multi_attention(
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Weighted sum of the attention to several key/value sets, which may differ in length.
 
-    `sets` list of (k, v) as in `attention`; `weights` one number a set or a tensor [sets], which gets a gradient; the sum is
-    not checked. Packed rows as in `attention`: `cu_seqlens_k` one tensor a set, or one for all. A set of weight 0 is
-    not read. Raises ValueError when the lists differ in length, every weight is 0 or a row of a set that counts has no key.
+    `q` as in `attention`; `sets` list of (k, v) as there; `weights` one number a set, or a tensor [sets], which gets a gradient; the
+    sum is not checked. `mask` holds for every set. Packed rows as in `attention`: `cu_seqlens_k` one tensor a set, or one
+    for all. A set of weight 0 is not read, unless a tensor of weights wants a gradient. `backend` as in `attention`; "triton" takes
+    at most three sets that count. Returns [B, H, Tq, Dv], or [T, H, Dv] packed, in the dtype of q.
+    Raises ValueError when lists differ in length, every weight is 0, or a query has no key in a set that counts; the message
+    names the set. TypeError as `attention`.
     """
-    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    if len(sets) != len(values):
-        raise ValueError(f"weights: expected {len(sets)} numbers, got {len(values)}")
-    bounds = cu_seqlens_k if isinstance(cu_seqlens_k, (list, tuple)) else [cu_seqlens_k] * len(sets)
-    if len(bounds) != len(sets):
-        raise ValueError(f"cu_seqlens_k: expected one tensor, or {len(sets)}, got {len(bounds)}")
-    needed = isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled()
-    total = None
-    for index, ((k, v), value, rows) in enumerate(zip(sets, values, bounds)):
-        if value == 0 and not needed:
-            continue
-        part = attention(q, k, v, mask=mask, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=rows, backend=backend)
-        part = part * weights[index].to(part.dtype) if needed else part if value == 1 else value * part
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("weights: expected at least one that is not 0")
-    return total
+    numbers, bounds, count, wanted = _check_sets(sets, weights, cu_seqlens_k)
+    options = {"mask": mask, "scale": scale, "cu_seqlens_q": cu_seqlens_q}
+    if len(count) == 1 and numbers[count[0]] == 1 and not wanted:
+        return attention(q, *sets[count[0]], cu_seqlens_k=bounds[count[0]], backend=backend, **options)
+    counted = [sets[index] for index in count]
+    refusal = _refusal(q, counted)
+    skip = refusal is not None or _second_derivatives() or (mask is None and cu_seqlens_q is None)
+    chosen = resolve_backend(backend, q, _OFFERED, kernel="attention", auto_skips=("triton",) if skip else ())
+    if chosen == "reference":
+        return multi_attention_reference(q, sets, weights, cu_seqlens_k=cu_seqlens_k, **options)
+    if chosen == "triton":
+        if refusal is not None:
+            raise refusal
+        given = weights if wanted else torch.tensor([numbers[index] for index in count], dtype=torch.float64)
+        return _multi_triton(q, counted, given, count, [bounds[index] for index in count], mask, scale, cu_seqlens_q)
+    parts = _each_set(attention, q, sets, weights if wanted else numbers, bounds, count, backend=chosen, **options)
+    weight, total = next(parts)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, *itertools.chain(*counted)))
+    if wanted or tracked:
+        return sum((weight * part for weight, part in parts), weight * total).to(q.dtype)
+    total.mul_(weight)
+    for weight, part in parts:
+        total.add_(part, alpha=weight)
+    return total.to(q.dtype)
+
+
+def _multi_triton(q, sets, weights, count, bounds, mask, scale, cu_seqlens_q) -> Tensor:
+    """All sets that count in one launch; `weights` a tensor with one number for each of them."""
+    lengths = []
+    for index, (k, v), rows in zip(count, sets, bounds):
+        try:
+            if cu_seqlens_q is None and rows is None:
+                _check(q, k, v, None)
+                _check_keys(mask, [(q.shape[2], k.shape[2])] * q.shape[0], 0, 0)
+            else:
+                lengths.append(_check_packed(q, k, v, cu_seqlens_q, rows))
+                _check_keys(mask, lengths[-1], 0, 0)
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"set {index}: {problem}") from None
+    return _attention_triton(*_narrowed(q, sets), weights, mask, scale, None, 0, 0, _Rows(lengths, cu_seqlens_q, bounds) if lengths else None)
 
 # %% ../nbs/kernels/attention.ipynb #021a494b
 def _case_spec(case: dict) -> MaskSpec | None:
@@ -825,6 +1045,16 @@ def _inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.Genera
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     groups, queries, keys = case.get("groups", case["heads"]), case["queries"], case["keys"]
+    if "others" in case:
+        made = {"q": draw(case["heads"], queries, case["width"])}
+        for number, length in enumerate((keys, *case["others"])):
+            made |= {f"{name}_{number}": draw(groups, length, case["width"]) for name in "kv"}
+        made["weights"] = torch.linspace(0.7, -0.3, 1 + len(case["others"])).to(device, torch.promote_types(dtype, torch.float32))
+        if case.get("packed"):
+            made = {name: value if name == "weights" else value[0].transpose(0, 1).contiguous() for name, value in made.items()}
+            bounds = [torch.tensor([0, length // 3, length // 2, length]) for length in (queries, keys, *case["others"])]
+            made |= {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1:]}
+        return made
     made = {
         "q": draw(case["heads"], queries, case["width"]),
         "k": draw(groups, keys, case["width"]),
@@ -839,9 +1069,25 @@ def _inputs(case: dict, dtype: torch.dtype, device: str, generator: torch.Genera
     return made
 
 
+def _with_sets(function):
+    """`multi_attention` with every tensor as a keyword of its own, as the harness and the bench hand them over."""
+
+    def call(q, weights, **options):
+        number = sum(name.startswith("k_") for name in options)
+        sets = [(options.pop(f"k_{index}"), options.pop(f"v_{index}")) for index in range(number)]
+        return function(q, sets, weights, **options)
+
+    return call
+
+
 def _flops(case: dict) -> float:
+    if "others" in case:
+        once = {key: value for key, value in case.items() if key != "others"} | {"mode": "none"}
+        return sum(_flops({**once, "keys": length}) for length in (case["keys"], *case["others"]))
     queries, keys = case["queries"], case["keys"]
-    low, high = key_range(_case_spec(case) or MaskSpec("full"), torch.arange(keys - queries, keys))
+    spec = _case_spec(case) or MaskSpec("full")
+    low, high = key_range(spec, torch.arange(keys - queries, keys))
+    low, high = (low, high) if spec.mode != "full" else (torch.zeros_like(low), high)
     pairs = int((high.clamp(max=keys) - low.clamp(min=0)).clamp(min=0).sum())
     width = case["width"] + case.get("value_width", case["width"])
     return 2 * case["batch"] * case["heads"] * pairs * width * (2.5 if case.get("direction") == "backward" else 1.0)
@@ -851,7 +1097,7 @@ def _bytes(case: dict) -> float:
     """q, k, v, o once; for the gradient these and the gradient of o are read, three gradients written."""
     size = 2 if case.get("dtype", "float32") in ("bfloat16", "float16") else 8 if case.get("dtype") == "float64" else 4
     width, value = case["width"], case.get("value_width", case["width"])
-    query_side, key_side = case["heads"] * case["queries"], case.get("groups", case["heads"]) * case["keys"]
+    query_side, key_side = case["heads"] * case["queries"], case.get("groups", case["heads"]) * (case["keys"] + sum(case.get("others", ())))
     numbers = query_side * (width + value) + key_side * (width + value)
     if case.get("direction") == "backward":
         numbers = query_side * (2 * width + 2 * value) + 2 * key_side * (width + value)
@@ -864,7 +1110,9 @@ def _limit(case: dict, hardware: Hardware) -> float:
 
 
 def _dense_peer():
-    def dense(q, k, v, *, mask=None, q_start=0, **_):
+    def dense(q, k=None, v=None, *, mask=None, q_start=0, **_):
+        if k is None:
+            raise CaseNotSupported("for one set of keys")
         table = attention_mask(mask, q.shape[2], k.shape[2], q_start=q_start, device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=table, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -877,7 +1125,9 @@ def _flex_peer():
     compiled = torch.compile(flex_attention, dynamic=False)
     masks = {}
 
-    def flex(q, k, v, *, mask=None, q_start=0, **_):
+    def flex(q, k=None, v=None, *, mask=None, q_start=0, **_):
+        if k is None:
+            raise CaseNotSupported("for one set of keys")
         if not q.is_cuda:
             raise CaseNotSupported("has a gradient on CUDA only")
         key = mask, q_start, q.shape[2], k.shape[2]
@@ -889,40 +1139,54 @@ def _flex_peer():
     return flex
 
 
+def _blend_peer():
+    def blend(q, weights=None, k_0=None, v_0=None, k_1=None, v_1=None, k_2=None, **options):
+        if k_1 is None or k_2 is not None or "cu_seqlens_q" in options:
+            raise CaseNotSupported("for two sets without packed rows")
+        grouped = q.shape[1] != k_0.shape[1]
+        first, second = (F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped) for k, v in ((k_0, v_0), (k_1, v_1)))
+        return weights[0].to(q.dtype) * first + weights[1].to(q.dtype) * second
+
+    return blend
+
+
+def _entry(kernel, dtype: str, width: int, spec: MaskSpec, padded: bool = False, packed: bool = False, sets: int = 1) -> TritonEntry:
+    """A kernel as a launch would compile it; a launch tells the compiler that steps are multiples of 16."""
+    pointer, forward, by_key = "*fp32" if dtype == "float32" else "*bf16", kernel is _forward_kernel, kernel is _key_kernel
+    switches = {"PADDED": padded, "PACKED": packed, "WEIGHTED": sets > 1, **({} if by_key else {"SETS": sets}), **({"KEEP": sets > 1} if forward else {})}
+    constants, warps = _constants(width, width, spec, dtype == "float32", not forward, **switches)
+    constants["WIDE"] = dtype == "float32"
+    one, kept = (pointer, pointer, "*i64", *["i32:16"] * 6, "i32", "fp32"), (pointer, "*fp32", "*fp32")
+    kinds = {"sets": (one,) * sets, "one": one, "kept": kept if by_key else (kept,) * sets, "scale": "fp32", "q_b": "i32:16", "q_h": "i32:16", "q_t": "i32:16"}
+    kinds |= {"start_ptr": "*i64", "end_ptr": "*i64", "rows_ptr": "*i64"}
+    signature = {name: kinds.get(name, pointer if name.endswith("_ptr") else "i32") for name in kernel.arg_names if name not in constants}
+    rule = "".join((spec.mode, ", window" * (spec.window is not None), ", padding" * padded, ", packed" * packed, f", {sets} sets" * (sets > 1)))
+    name = {_forward_kernel: "forward", _query_kernel: "backward by query", _key_kernel: "backward by key"}[kernel]
+    # float32 is multiplied outside of the tensor cores and lies at the edge of what a thread can hold.
+    return TritonEntry(lambda: kernel, signature, constants, warps, f"{name} d={width} {dtype} {rule}", 48 if dtype == "float32" else 0)
+
+
 def _entries() -> list[TritonEntry]:
     if not installed("triton"):
         return []
     entries = []
-    rules = [(MaskSpec("causal", window=512), False), (MaskSpec("block_lookahead", 10, 2), True)]
-    for dtype, pointer in (("float32", "*fp32"), ("bfloat16", "*bf16")):
-        for width in (64, 128, 256):
-            for spec, padded in rules if width == 64 else rules[:1]:
-                for kernel in (_forward_kernel, _query_kernel, _key_kernel):
-                    backward = kernel is not _forward_kernel
-                    constants, warps = _constants(width, width, spec, padded, dtype == "float32", backward)
-                    constants["WIDE"] = dtype == "float32"
-                    # A launch tells the compiler that strides are multiples of 16; here they are given.
-                    steps = {"t": width, "h": 4096 * width, "b": 16 * 4096 * width}
-                    constants |= {f"{name}_{axis}": step for name in "qkv" for axis, step in steps.items()}
-                    signature = {
-                        name: "*i64" if name in ("start_ptr", "end_ptr") else "*fp32" if name in ("lse_ptr", "delta_ptr")
-                        else pointer if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
-                        for name in kernel.arg_names if name not in constants
-                    }  # fmt: skip
-                    name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
-                    rule = f"{spec.mode}{', window' if spec.window else ''}{', padding' if padded else ''}"
-                    label = f"{'forward' if name == 'forward' else f'backward by {name}'} d={width} {dtype} {rule}"
-                    entries.append(TritonEntry(lambda kernel=kernel: kernel, signature, constants, warps, label))
-    return entries
+    window, several = {"spec": MaskSpec("causal", window=512)}, {"spec": MaskSpec("full"), "sets": 2, "packed": True}
+    for dtype in ("float32", "bfloat16"):
+        entries += [(dtype, width, window) for width in (64, 128, 256)]
+        entries += [(dtype, 64, options) for options in ({"spec": MaskSpec("block_lookahead", 10, 2), "padded": True}, several)]
+    entries += [("bfloat16", 64, {**several, "sets": 3}), ("bfloat16", 128, several)]
+    # Tiles of keys see one set at a time.
+    kernels = lambda options: (_forward_kernel, _query_kernel) if options.get("sets", 1) > 2 else (_forward_kernel, _query_kernel, _key_kernel)
+    return [_entry(kernel, dtype, width, **options) for dtype, width, options in entries for kernel in kernels(options)]
 
 
 SPEC = register(
     KernelSpec(
         name="attention",
-        ops={"attention": attention},
-        references={"attention": attention_reference},
+        ops={"attention": attention, "multi_attention": _with_sets(multi_attention)},
+        references={"attention": attention_reference, "multi_attention": _with_sets(multi_attention_reference)},
         backends=_OFFERED,
-        peers={"SDPA, dense mask": _dense_peer, "flex_attention": _flex_peer},
+        peers={"SDPA, dense mask": _dense_peer, "flex_attention": _flex_peer, "two SDPA calls + blend": _blend_peer},
         cases=[
             dict(batch=2, heads=2, queries=7, keys=7, width=8, mode="causal"),
             dict(batch=1, heads=4, groups=2, queries=3, keys=9, width=6, mode="causal"),
@@ -934,6 +1198,10 @@ SPEC = register(
             dict(batch=2, heads=1, queries=40, keys=40, width=8, mode="causal", padded=True, dtype="bfloat16"),
             dict(batch=1, heads=2, queries=70, keys=70, width=16, mode="band", look=9, dtype="float16"),
             dict(batch=1, heads=2, queries=140, keys=140, width=4, mode="causal", window=9, padded=True, dtype="float64"),
+            dict(op="multi_attention", batch=2, heads=2, groups=1, queries=20, keys=7, others=(37,), width=6),
+            dict(op="multi_attention", batch=1, heads=1, queries=18, keys=20, others=(5, 9), width=5, dtype="bfloat16", layout="strided"),
+            dict(op="multi_attention", batch=1, heads=2, queries=21, keys=12, others=(35,), width=8, packed=True),
+            dict(op="multi_attention", batch=1, heads=2, queries=21, keys=12, others=(35,), width=8, packed=True, dtype="float64"),
         ],
         limit=_limit,
         make_inputs=_inputs,
@@ -941,6 +1209,10 @@ SPEC = register(
             dict(batch=4, heads=6, queries=512, keys=512, width=128, mode="causal"),
             dict(batch=1, heads=4, queries=4096, keys=4096, width=64, mode="causal", window=128, device="cpu"),
             dict(batch=1, heads=16, groups=4, queries=16384, keys=16384, width=128, mode="causal", window=512, dtype="bfloat16", device="cuda"),
+            dict(op="multi_attention", batch=1, heads=2, queries=4096, keys=4096, others=(4096,), width=64, device="cpu"),
+            dict(op="multi_attention", batch=1, heads=16, queries=4096, keys=4096, others=(4096,), width=64, dtype="bfloat16", device="cuda"),
+            dict(op="multi_attention", batch=1, heads=16, queries=4096, keys=1374, others=(1374,), width=64, dtype="bfloat16", device="cuda"),
+            dict(op="multi_attention", batch=1, heads=16, queries=9000, keys=9000, others=(8000,), width=64, packed=True, dtype="bfloat16", device="cuda"),
         ],
         entries=_entries(),
         cost=lambda case: case["batch"] * case["queries"],

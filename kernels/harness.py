@@ -199,6 +199,16 @@ def _binary_usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "spills": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
+def _plain_kind(kind: str | tuple, place: tuple[int, ...], aligned: dict) -> str | tuple:
+    """A type as Triton writes it, tuples too; notes in `aligned` what a launch would tell the compiler: multiples of 16."""
+    if isinstance(kind, tuple):
+        return tuple(_plain_kind(each, (*place, number), aligned) for number, each in enumerate(kind))
+    # Addresses that PyTorch allocates are multiples of 16.
+    if kind.startswith("*") or kind.endswith(":16"):
+        aligned[place] = [["tt.divisibility", 16]]
+    return kind.removesuffix(":16")
+
+
 def compile_entry(entry: TritonEntry, capability: int) -> dict:
     """Compiles one kernel for a card that need not be there.
 
@@ -217,9 +227,10 @@ def compile_entry(entry: TritonEntry, capability: int) -> dict:
         raise RuntimeError("compile_entry: expected Triton's compiler, got its interpreter; unset TRITON_INTERPRET")
     names = entry.kernel().arg_names
     signature = {name: "constexpr" if name in entry.constexprs else entry.signature[name] for name in names}
-    # Addresses that PyTorch allocates are multiples of 16, which is what a launch would tell the compiler.
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")}
-    source = ASTSource(entry.kernel(), signature, {(names.index(name),): value for name, value in entry.constexprs.items()}, aligned)
+    kinds, aligned = {}, {}
+    for place, name in enumerate(names):
+        kinds[name] = _plain_kind(signature[name], (place,), aligned)
+    source = ASTSource(entry.kernel(), kinds, {(names.index(name),): value for name, value in entry.constexprs.items()}, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": entry.num_warps})
     return {"kernel": entry.label, "target": f"sm_{capability}", "warps": entry.num_warps, **_binary_usage(compiled.asm["cubin"]),
             "shared": int(compiled.metadata.shared), "spills_allowed": entry.spills_allowed}

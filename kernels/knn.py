@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import CaseNotSupported, Hardware, KernelSpec, register, resolve_backend
+from .common import CaseNotSupported, Hardware, KernelSpec, TritonEntry, installed, on_device, register, resolve_backend
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
 
@@ -112,7 +112,7 @@ def _check(query: Tensor, reference: Tensor, k: int, metric: str, exclude_self: 
 _TILE = {"cpu": 2**20, "cuda": 2**26}
 _EXACT_TILE = {"cpu": 2**18, "cuda": 2**25}
 # Candidates beyond k: rounded products order near ties at random, a tree only exact ones.
-_SPARE = {"torch": 8, "kdtree": 2}
+_SPARE = {"torch": 8, "triton": 8, "kdtree": 2}
 
 
 def _products_are_ieee() -> bool:
@@ -167,11 +167,12 @@ class _Product:
     """Candidates by tiles of a matrix product, with a lower bound for what was left out."""
 
     def __init__(self, query: _Points, reference: _Points, metric: str, chunk: int, margin: bool = True):
+        self.factor = -1 if metric == "dot" else -2
         self.query, self.reference, self.metric, self.chunk = query, reference, metric, min(chunk, reference.given.shape[0])
         width = reference.given.shape[1]
         wide = metric != "cosine" and torch.float64 in (query.given.dtype, reference.given.dtype)
         mu = [2.5 * (width + 16) * torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float64)]
-        wide = wide or mu[0] > 0.1 or not _products_are_ieee()
+        wide = wide or mu[0] > 0.1 or not self._ieee()
         self.dtype, self.mu = torch.float64 if wide else torch.float32, mu[wide] if margin else 0.0
         self.underflow = 16 * (width + 1) * torch.finfo(self.dtype).tiny if margin else 0.0
         # A power of two brings squares into range and rounds nothing.
@@ -183,6 +184,7 @@ class _Product:
             largest = max(largest, _largest(query.given))
         most = 500 if wide else 120
         self.scale = 2.0 ** -max(-most, min(most, math.frexp(largest)[1]))
+        self.step = max(1, _tile(_TILE, reference.given) // max(self.chunk, width))
         self.shift = torch.zeros(width, dtype=self.dtype, device=reference.given.device)
         if metric != "dot":
             some = slice(None, None, max(1, reference.given.shape[0] // 1024))
@@ -201,10 +203,16 @@ class _Product:
                 out[start:start + step] = points.wide(piece) * scale + self.shift
         return out
 
+    def _ieee(self) -> bool:
+        return _products_are_ieee()
+
+    def _best(self, query: Tensor, points: Tensor, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The smallest bounds among some points for some queries, and their places."""
+        return _smallest(torch.addmm(bias, query, points.T, alpha=self.factor), count)
+
     def candidates(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Lower bounds `[rows, count]` in units of the raw distance and columns; what was left out lies at or above the largest of its row."""
-        size, dot, device = self.reference.given.shape[0], self.metric == "dot", rows.device
-        step = max(1, _tile(_TILE, rows) // max(self.chunk, self.reference.given.shape[1]))
+        size, dot, device, step = self.reference.given.shape[0], self.metric == "dot", rows.device, self.step
         values = torch.full((rows.shape[0], count), math.inf, dtype=self.dtype, device=device)
         indices = torch.zeros(rows.shape[0], count, dtype=torch.int64, device=device)
         for start in range(0, size, self.chunk):
@@ -214,8 +222,7 @@ class _Product:
             for low in range(0, rows.shape[0], step):
                 part = slice(low, low + step)
                 query = self._shifted(self.query, rows[part], 0, 1.0 if dot else self.scale)
-                keys = torch.addmm(bias, query, points.T, alpha=-1 if dot else -2)
-                found, place = _smallest(keys, count)
+                found, place = self._best(query, points, bias, count)
                 found, place = torch.cat((values[part], found), 1), torch.cat((indices[part], place + start), 1)
                 values[part], order = found.topk(count, largest=False, sorted=False)
                 indices[part] = place.gather(1, order)
@@ -242,6 +249,94 @@ class _Tree:
     def candidates(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         distances, indices = self.tree.query(self.query.wide(rows).numpy(), k=list(range(1, count + 1)), workers=torch.get_num_threads())
         return torch.from_numpy(distances).square_() * self.shrink, torch.from_numpy(indices).long()
+
+# %% ../nbs/kernels/knn.ipynb #cd96c2ad
+_MOST_CANDIDATES, _WARPS = 128, 4
+
+if installed("triton"):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _candidates_kernel(query_ptr, point_ptr, bias_ptr, value_ptr, index_ptr, M, N, D, PART, ALPHA: tl.constexpr, COUNT: tl.constexpr,
+                           BC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+        """The COUNT smallest of bias_j + ALPHA q_i r_j in one part of the points, for a tile of queries, in any order."""
+        m, n, d, slot = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BC)
+        i = tl.program_id(0) * BM + m
+        start = tl.program_id(1) * PART
+        stop = tl.minimum(start + PART, N)
+        query_at = query_ptr + i.to(tl.int64)[:, None] * D
+        # Slots beyond COUNT hold the smallest number, so that they are never the worst candidate.
+        values = tl.where(slot[None, :] < COUNT, float("inf"), float("-inf")) + tl.zeros([BM, BC], tl.float32)
+        indices = tl.zeros([BM, BC], tl.int32)
+        for at in range(start, stop, BN):
+            j = at + n
+            point_at = point_ptr + j.to(tl.int64)[None, :] * D
+            products = tl.zeros([BM, BN], tl.float32)
+            for low in range(0, D, BD):
+                inside = low + d < D
+                q = tl.load(query_at + (low + d)[None, :], mask=(i < M)[:, None] & inside[None, :], other=0.0)
+                r = tl.load(point_at + (low + d)[:, None], mask=(j < stop)[None, :] & inside[:, None], other=0.0)
+                products = tl.dot(q, r, products, input_precision="ieee")
+            bias = tl.load(bias_ptr + j, mask=j < stop, other=float("inf"))
+            keys = bias[None, :] + ALPHA * products
+            best = tl.min(keys, 1)
+            worst = tl.max(values, 1)
+            while tl.max((best < worst).to(tl.int32), 0) > 0:
+                better = best < worst
+                column = tl.argmin(keys, 1)
+                place = tl.argmax(values, 1)
+                replaced = better[:, None] & (slot[None, :] == place[:, None])
+                values = tl.where(replaced, best[:, None], values)
+                indices = tl.where(replaced, (at + column)[:, None], indices)
+                keys = tl.where(better[:, None] & (n[None, :] == column[:, None]), float("inf"), keys)
+                best = tl.min(keys, 1)
+                worst = tl.max(values, 1)
+        out = (i.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * COUNT + slot[None, :]
+        kept = (i < M)[:, None] & (slot < COUNT)[None, :]
+        tl.store(value_ptr + out, values, mask=kept)
+        tl.store(index_ptr + out, indices, mask=kept)
+
+
+def _kernel_constants(width: int, count: int) -> dict:
+    room = max(16, 1 << (count - 1).bit_length())
+    return {"COUNT": count, "BC": room, "BM": 32 if room <= 32 else 16, "BN": 64, "BD": max(16, min(32, 1 << (width - 1).bit_length()))}
+
+
+class _Launch(_Product):
+    """Candidates of the Triton kernel; the same interface and the same bound as `_Product`."""
+
+    def __init__(self, query: _Points, reference: _Points, metric: str, chunk: int, margin: bool = True):
+        # No tile of keys is stored: rows are bounded by the copies of points and queries alone.
+        width = reference.given.shape[1]
+        super().__init__(query, reference, metric, max(chunk, 2**25 // width), margin)
+        self.step = max(1, 2**25 // max(width, 4096))
+        self.given = query, reference, metric, chunk, margin
+
+    def _ieee(self) -> bool:
+        return True
+
+    def candidates(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if count > _MOST_CANDIDATES or self.dtype == torch.float64:
+            return _Product(*self.given).candidates(rows, count)
+        return super().candidates(rows, count)
+
+    def _best(self, query: Tensor, points: Tensor, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        (queries, width), size = query.shape, points.shape[0]
+        constants = _kernel_constants(width, count)
+        tiles = triton.cdiv(queries, constants["BM"])
+        # About four programs for each of a card's processors, but no part shorter than sixteen times the candidates.
+        parts = max(1, min(triton.cdiv(512, tiles), size // max(1024, 16 * count)))
+        length = triton.cdiv(triton.cdiv(size, parts), constants["BN"]) * constants["BN"]
+        parts = triton.cdiv(size, length)
+        values = torch.empty(queries, parts * count, dtype=torch.float32, device=query.device)
+        indices = torch.empty(queries, parts * count, dtype=torch.int32, device=query.device)
+        with on_device(query):
+            _candidates_kernel[(tiles, parts)](query, points, bias, values, indices, queries, size, width, length, ALPHA=self.factor, **constants, num_warps=_WARPS)
+        if parts > 1:
+            values, order = values.topk(count, largest=False, sorted=False)
+            indices = indices.gather(1, order)
+        return values, indices.long()
 
 # %% ../nbs/kernels/knn.ipynb #95c5467c
 def _refined(query: _Points, reference: _Points, rows: Tensor, indices: Tensor, metric: str) -> Tensor:
@@ -301,8 +396,8 @@ def _proven(query: _Points, reference: _Points, k: int, metric: str, exclude_sel
         distances[open_rows], indices[open_rows] = _in_full(query, reference, open_rows, k, metric, exclude_self, chunk)
     return distances, indices
 
-# %% ../nbs/kernels/knn.ipynb #53ceff06
-_OFFERED = ("reference", "torch", "kdtree")
+# %% ../nbs/kernels/knn.ipynb #84585fa6
+_OFFERED = ("reference", "torch", "triton", "kdtree")
 
 
 def _tree_pays(query: Tensor, metric: str) -> bool:
@@ -324,8 +419,8 @@ def knn(query: Float[Tensor, "m d"], reference: Float[Tensor, "n d"], k: int, *,
         refine: False leaves out the check and returns distances as the matrix product rounds them, off by up to about
             `1e-7 (|q| + |r|)^2` in the square, near ties in any order; quicker when d is large. The other paths are exact anyway.
         chunk: rows of `reference` a tile; a tile has at most max(chunk, 2**20) numbers on a processor, max(chunk, 2**26) on a graphics card.
-        backend: "auto", "reference", "torch" or "kdtree" (processor only, not for "dot"). "auto" takes the tree on a processor for
-            d <= 8 and m >= 128.
+        backend: "auto", "reference", "torch", "triton" (a graphics card; not float64; k up to about 100) or "kdtree" (processor only, not
+            for "dot"). "auto" takes the tree on a processor for d <= 8 and m >= 128, and Triton on a graphics card.
 
     Returns:
         distances `[m, k]` float64, ascending, of equal ones the lower index first; indices `[m, k]` int64. Neither has a gradient: for
@@ -335,8 +430,8 @@ def knn(query: Float[Tensor, "m d"], reference: Float[Tensor, "n d"], k: int, *,
     Raises:
         ValueError: shapes, devices, `k`, `metric`, `chunk` or `backend` do not fit, numbers are not finite, or with `exclude_self` the two
             sets differ; the message names argument, expected and got.
-        TypeError: an argument is no floating tensor.
-        BackendUnavailable: "kdtree" was named for tensors on a graphics card.
+        TypeError: an argument is no floating tensor, or float64 for "triton".
+        BackendUnavailable: "kdtree" was named for tensors on a graphics card, or "triton" for others.
 
     Example:
         >>> knn(torch.tensor([[0.0], [2.2]]), torch.tensor([[0.0], [1.0], [3.0]]), 2)[1]
@@ -345,7 +440,13 @@ def knn(query: Float[Tensor, "m d"], reference: Float[Tensor, "n d"], k: int, *,
     """
     _check(query, reference, k, metric, exclude_self, chunk)
     wanted = "kdtree" if backend == "auto" and _tree_pays(query, metric) else backend
-    chosen = resolve_backend(wanted, query, _OFFERED, kernel="knn")
+    double, count = torch.float64 in (query.dtype, reference.dtype), k + _SPARE["triton"] + bool(exclude_self)
+    skips = ("triton",) if double or count > _MOST_CANDIDATES else ()
+    chosen = resolve_backend(wanted, query, _OFFERED, kernel="knn", auto_skips=skips)
+    if chosen == "triton" and double:
+        raise TypeError(f"backend: expected query and reference in float32, bfloat16 or float16 for 'triton', got {query.dtype} and {reference.dtype}; use backend='torch'")
+    if chosen == "triton" and skips:
+        raise ValueError(f"k: expected at most {_MOST_CANDIDATES - count + k} for backend='triton', got {k}; use backend='torch'")
     if chosen == "kdtree" and metric == "dot":
         raise ValueError("metric: expected 'euclidean', 'sqeuclidean' or 'cosine' for backend='kdtree', got 'dot'")
     if chosen == "reference":
@@ -354,10 +455,11 @@ def knn(query: Float[Tensor, "m d"], reference: Float[Tensor, "n d"], k: int, *,
     asking, points = (_Points(given.detach(), _lengths(name, given.detach(), chunk) if directions else None)
                       for name, given in (("query", query), ("reference", reference)))
     with torch.autocast(query.device.type, enabled=False):
-        if chosen == "torch" and not refine:
-            return _unproven(_Product(asking, points, metric, chunk, margin=False), k, exclude_self)
+        search = _Launch if chosen == "triton" else _Product
+        if chosen != "kdtree" and not refine:
+            return _unproven(search(asking, points, metric, chunk, margin=False), k, exclude_self)
         return _proven(asking, points, k, metric, exclude_self, chunk, _SPARE[chosen],
-                       lambda: _Tree(asking, points) if chosen == "kdtree" else _Product(asking, points, metric, chunk))
+                       lambda: _Tree(asking, points) if chosen == "kdtree" else search(asking, points, metric, chunk))
 
 
 def _unproven(product: _Product, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
@@ -448,6 +550,17 @@ def _faiss_peer():
     return flat
 
 
+def _entries() -> list[TritonEntry]:
+    if not installed("triton"):
+        return []
+    pointers = {name: f"*{'i32' if name == 'index_ptr' else 'fp32'}" for name in ("query_ptr", "point_ptr", "bias_ptr", "value_ptr", "index_ptr")}
+    signature = {**pointers, **dict.fromkeys(("M", "N", "D", "PART"), "i32")}
+    return [
+        TritonEntry(lambda: _candidates_kernel, signature, {"ALPHA": -2, **_kernel_constants(width, count)}, _WARPS, f"candidates d={width} c={count}")
+        for width, count in ((3, 12), (64, 24), (768, _MOST_CANDIDATES))
+    ]
+
+
 SPEC = register(KernelSpec(
     name="knn",
     ops={"knn": knn},
@@ -475,5 +588,7 @@ SPEC = register(KernelSpec(
         dict(m=4096, n=65536, d=64, k=16, device="cuda"),
         dict(m=1024, n=65536, d=768, k=16, device="cuda"),
     ],
+    entries=_entries(),
     cost=lambda case: case["m"] * case["n"] * case["d"],
+    unsupported=(("triton", "float64"),),
 ))

@@ -22,6 +22,7 @@ from papers10.kernels.attention import (
     key_range,
     mask_mod,
     multi_attention,
+    multi_attention_reference,
     required_offset,
 )
 from papers10.kernels.common import BackendUnavailable, installed, interpreting, last_backend
@@ -175,7 +176,9 @@ def test_blocks_in_low_precision(dtype):
     out.backward(upstream), expected.backward(upstream.double())
     # A key collects rounded terms from the 20 queries that see it.
     for ours, other in zip((q, k, v), wide):
-        assert ours.grad.dtype == dtype and torch.allclose(ours.grad.double(), other.grad, atol=40 * torch.finfo(dtype).eps)
+        assert ours.grad.dtype == dtype and torch.allclose(
+            ours.grad.double(), other.grad, atol=40 * torch.finfo(dtype).eps
+        )
 
 
 def test_blocks_under_autocast_and_for_second_derivatives():
@@ -205,7 +208,9 @@ def test_empty_inputs_give_empty_results():
 
 def test_strided_inputs():
     q, k, v = (draw(2, 5, 3, 8, seed=s).transpose(1, 2)[..., ::2] for s in range(3))
-    assert torch.allclose(attention(q, k, v, mask=MaskSpec()), attention(*(t.contiguous() for t in (q, k, v)), mask=MaskSpec()))
+    assert torch.allclose(
+        attention(q, k, v, mask=MaskSpec()), attention(*(t.contiguous() for t in (q, k, v)), mask=MaskSpec())
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -256,17 +261,191 @@ def test_bad_input_is_named():
             MaskSpec(**options)
 
 
-def test_sets_are_blended_and_skipped():
+def packed_case(seed=0, dtype=torch.float64):
+    """Six packed rows, one without a query, and three sets, the first of which has a row without keys there."""
+    rows = torch.tensor([0, 2, 4, 4, 9, 14, 15])
+    keys = (
+        torch.tensor([0, 3, 6, 6, 7, 8, 12]),
+        torch.tensor([0, 1, 2, 7, 9, 12, 13]),
+        torch.tensor([0, 2, 4, 5, 10, 15, 17]),
+    )
+    q = draw(15, 4, 6, seed=seed).to(dtype)
+    sets = [tuple(draw(int(bounds[-1]), 2, size, seed=seed + size).to(dtype) for size in (6, 5)) for bounds in keys]
+    return q, sets, rows, [bounds.int() for bounds in keys]
+
+
+def one_by_one(q, k, v, rows, keys, **options):
+    return torch.cat(
+        [
+            attention_reference(
+                *(t[a:b].transpose(0, 1)[None] for t, a, b in ((q, i, j), (k, m, n), (v, m, n))), **options
+            )[0].transpose(0, 1)
+            for (i, j), (m, n) in zip(itertools.pairwise(rows.tolist()), itertools.pairwise(keys.tolist()))
+        ]
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("mask", [None, MaskSpec("band", lookahead=9), MaskSpec("causal", window=2)])
+def test_packed_rows_are_rows_of_their_own(backend, mask):
+    q, sets, rows, keys = packed_case()
+    (k, v), bounds = sets[1], keys[1]
+    expected = one_by_one(q, k, v, rows, bounds, mask=mask, q_start=0, scale=0.7) if mask is None else None
+    options = {"cu_seqlens_q": rows, "backend": backend, "scale": 0.7, "mask": mask}
+    if mask is None:
+        assert torch.allclose(attention(q, k, v, cu_seqlens_k=bounds, **options), expected, atol=1e-12)
+    itself = attention(q, q, q, cu_seqlens_k=rows, **options)
+    assert torch.allclose(itself, one_by_one(q, q, q, rows, rows, scale=0.7, mask=mask), atol=1e-12)
+    assert itself.shape == q.shape and itself.dtype == q.dtype
+
+
+def test_packed_rows_of_one_length_are_an_ordinary_batch():
+    q, k, v = (draw(12, 2, 4, seed=s) for s in range(3))
+    rows = torch.arange(0, 13, 3)
+    packed = attention(q, k, v, mask=MaskSpec(), cu_seqlens_q=rows, cu_seqlens_k=rows)
+    batch = [t.unflatten(0, (4, 3)).transpose(1, 2) for t in (q, k, v)]
+    assert torch.equal(packed, attention(*batch, mask=MaskSpec()).transpose(1, 2).flatten(0, 1))
+
+
+def test_no_packed_rows_give_no_result():
+    empty, rows = torch.zeros(0, 2, 4), torch.zeros(1, dtype=torch.int64)
+    assert attention(empty, empty, empty, cu_seqlens_q=rows, cu_seqlens_k=rows).shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"cu_seqlens_k": None}, ValueError, "cu_seqlens_q, cu_seqlens_k: expected both or neither"),
+        ({"cu_seqlens_q": [0, 3]}, TypeError, "cu_seqlens_q: expected an int32 or int64 tensor, got list"),
+        ({"cu_seqlens_q": torch.tensor([0.0, 3.0])}, TypeError, "cu_seqlens_q: expected an int32 or int64 tensor, got torch.float32"),
+        ({"cu_seqlens_q": torch.tensor([0, 2])}, ValueError, r"cu_seqlens_q: expected one dimension from 0 to 3 without a decrease, got \[0, 2\]"),
+        ({"cu_seqlens_k": torch.tensor([0, 4, 3])}, ValueError, "cu_seqlens_k: expected one dimension from 0 to 3 without a decrease"),
+        ({"cu_seqlens_k": torch.tensor([0, 2, 3])}, ValueError, "cu_seqlens_k: expected 1 rows as in cu_seqlens_q, got 2"),
+        ({"valid": (torch.tensor([0]), torch.tensor([3]))}, ValueError, "valid: expected None with packed rows"),
+        ({"q": torch.zeros(1, 2, 3, 4)}, ValueError, "q: expected shape"),
+    ],
+)  # fmt: skip
+def test_bad_packed_rows_are_named(change, error, message):
+    given = {
+        **dict.fromkeys("qkv", torch.zeros(3, 2, 4)),
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 3])),
+    }
+    with pytest.raises(error, match=message):
+        attention(**{**given, **change})
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_sets_are_blended(backend):
     q, k, v = (draw(1, 2, 3, 4, seed=s) for s in range(3))
     longer = draw(1, 2, 7, 4), draw(1, 2, 7, 4, seed=9)
-    blend = multi_attention(q, [(k, v), longer], [0.3, 0.7])
+    blend = multi_attention(q, [(k, v), longer], [0.3, 0.7], backend=backend)
     assert torch.allclose(blend, 0.3 * attention(q, k, v) + 0.7 * attention(q, *longer))
-    nothing = multi_attention(q, [(k, v), (k * math.nan, v)], [1.0, 0.0])
-    assert torch.equal(nothing, attention(q, k, v))
-    with pytest.raises(ValueError, match="weights"):
-        multi_attention(q, [(k, v)], [0.0])
-    with pytest.raises(ValueError, match="weights"):
-        multi_attention(q, [(k, v)], [0.5, 0.5])
+    q, sets, rows, keys = packed_case()
+    bounds = [keys[1], keys[2]]
+    blend = multi_attention(
+        q, sets[1:], torch.tensor([0.25, -2.0]), cu_seqlens_q=rows, cu_seqlens_k=bounds, backend=backend
+    )
+    parts = [one_by_one(q, *pair, rows, own) for pair, own in zip(sets[1:], bounds)]
+    assert torch.allclose(blend, 0.25 * parts[0] - 2 * parts[1], atol=1e-12)
+
+
+def test_two_sets_by_hand():
+    """One query of one channel: 0.75 from the first set, 6 from the second."""
+    q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    column = lambda *numbers: torch.tensor(numbers, dtype=torch.float64)[None, None, :, None]
+    sets = [(column(0, math.log(3)), column(0, 1)), (column(0, 0), column(4, 8))]
+    assert multi_attention(q, sets, [0.75, 0.25], scale=1.0).item() == pytest.approx(2.0625, abs=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_set_of_weight_zero_is_not_read_and_one_of_weight_one_is_attention(backend):
+    q, k, v = (draw(1, 2, 3, 4, seed=s) for s in range(3))
+    for nothing in ((k * math.nan, v), (k[:, :, :0], v[:, :, :0]), (None, None)):
+        for weights in ([1.0, 0.0], torch.tensor([1.0, 0.0])):
+            got = multi_attention(q, [(k, v), nothing], weights, backend=backend)
+            assert torch.equal(got, attention(q, k, v, backend=backend))
+
+
+def test_concatenated_keys_are_a_mixture_with_other_weights():
+    q, (k, v), (other_k, other_v) = (
+        draw(2, 3, 5, 4),
+        *(tuple(draw(2, 3, size, 4, seed=size + s) for s in (0, 1)) for size in (6, 9)),
+    )
+    mass = torch.stack([(q @ t.transpose(2, 3) / 2).logsumexp(-1) for t in (k, other_k)]).softmax(0)[..., None]
+    joined = attention(q, torch.cat((k, other_k), 2), torch.cat((v, other_v), 2))
+    assert torch.allclose(joined, mass[0] * attention(q, k, v) + mass[1] * attention(q, other_k, other_v), atol=1e-12)
+    assert not torch.allclose(joined, multi_attention(q, [(k, v), (other_k, other_v)], [0.5, 0.5]), atol=1e-2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_the_order_of_keys_and_of_sets_does_not_count(seed, share):
+    q, k, v = (draw(1, 2, 6, 4, seed=seed + s) for s in range(3))
+    order = torch.randperm(6, generator=generator(seed, "order"))
+    once = multi_attention(q, [(k, v), (v, k)], [share, 1 - share])
+    assert torch.allclose(
+        once, multi_attention(q, [(v[:, :, order], k[:, :, order]), (k, v)], [1 - share, share]), atol=1e-12
+    )
+    same = multi_attention(q, [(k, v), (k, v)], [share, 1 - share])
+    assert torch.allclose(same, attention(q, k, v), atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weights", [[0.3, 0.7], [0.0, 1.5]])
+def test_gradients_of_sets(backend, packed, weights):
+    if packed:
+        q, sets, rows, keys = packed_case()
+        sets, options = sets[1:], {"cu_seqlens_q": rows, "cu_seqlens_k": keys[1:]}
+        q, sets = q[:, :2, :3], [(k[:, :1, :3], v[:, :1, :2]) for k, v in sets]
+    else:
+        q, options = draw(1, 2, 3, 3), {"mask": MaskSpec("band", lookahead=2)}
+        sets = [(draw(1, 1, size, 3, seed=size), draw(1, 1, size, 2, seed=size + 1)) for size in (4, 3)]
+    leaves = [
+        t.clone().requires_grad_() for t in (torch.tensor(weights, dtype=torch.float64), q, *itertools.chain(*sets))
+    ]
+
+    def blend(weights, q, *rest):
+        return multi_attention(q, list(zip(rest[::2], rest[1::2])), weights, backend=backend, **options)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.autograd.gradcheck(blend, leaves)
+
+
+def test_weights_without_a_gradient_and_in_place_sums_agree():
+    q, sets, rows, keys = packed_case()
+    options = {"cu_seqlens_q": rows, "cu_seqlens_k": keys[1:]}
+    plain = multi_attention(q, sets[1:], [0.3, 0.7], **options)
+    tracked = multi_attention(q, sets[1:], torch.tensor([0.3, 0.7], dtype=torch.float64).requires_grad_(), **options)
+    assert torch.allclose(plain, tracked, atol=1e-14) and tracked.requires_grad and not plain.requires_grad
+    own = [(sets[1][0], sets[1][1]), (sets[2][0].clone().requires_grad_(), sets[2][1])]
+    mixed = multi_attention(q, own, [0.3, 0.7], **options)
+    assert torch.allclose(mixed, plain, atol=1e-14) and torch.autograd.grad(mixed.sum(), own[1][0])[0].any()
+
+
+def test_bad_sets_are_named():
+    q, k, v = (draw(1, 2, 3, 4, seed=s) for s in range(3))
+    one, empty = (k, v), (k[:, :, :0], v[:, :, :0])
+    for sets, weights, message in (
+        ([one], [0.0], "weights: expected finite numbers and at least one that is not 0"),
+        ([one], [0.5, 0.5], "weights: expected one number a set, got 2 for 1 sets"),
+        ([], [], "weights: expected one number a set, got 0 for 0 sets"),
+        ([one], [math.nan], "weights: expected finite numbers"),
+        ([one, one], torch.ones(2, 1), "weights: expected a floating tensor"),
+        ([one, one], torch.ones(2, dtype=torch.int64), "weights: expected a floating tensor"),
+        ([one, empty], [0.5, 0.5], "set 1: mask: expected at least one key for every query"),
+        ([one, (k, v[..., :2])], [0.5, 0.5], "sets: expected the same heads and channels in the values of every set"),
+        ([one, (k[..., :3], v)], [0.5, 0.5], "set 1: k: expected shape"),
+    ):
+        for backend in ("reference", "torch"):
+            with pytest.raises(ValueError, match=message):
+                multi_attention(q, sets, weights, backend=backend)
+    packed, rows = q[0].transpose(0, 1), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match="cu_seqlens_k: expected one tensor, or one for each of 2 sets, got 1"):
+        multi_attention(packed, [(packed, packed)] * 2, [0.5, 0.5], cu_seqlens_q=rows, cu_seqlens_k=[rows])
+    with pytest.raises(ValueError, match="set 1: packed rows from 1: mask"):
+        multi_attention(packed, [(packed, packed)] * 2, [0.5, 0.5], cu_seqlens_q=torch.tensor([0, 1, 3]),
+                        cu_seqlens_k=[torch.tensor([0, 1, 3]), torch.tensor([0, 3, 3])], backend="torch")  # fmt: skip
 
 
 def test_required_offset_and_ranges():
@@ -280,7 +459,7 @@ def test_required_offset_and_ranges():
 
 INTERPRETED = """
 import torch
-from papers10.kernels.attention import MODES, MaskSpec, attention, attention_reference
+from papers10.kernels.attention import MODES, MaskSpec, attention, attention_reference, multi_attention, multi_attention_reference
 
 def compare(batch, heads, queries, keys, width, value, spec, **options):
     draw = torch.Generator().manual_seed(queries)
@@ -307,6 +486,48 @@ for t in (out, grad_q, grad_k, grad_v):
 compare(2, (1, 1), 20, 70, 8, 8, MaskSpec("full"), valid=valid)
 first, second = (compare(1, (3, 1), 100, 100, 80, 8, MaskSpec(window=40)) for _ in range(2))
 assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+def several(q, sets, weights, dtype=torch.float32, limit=2e-5, **options):
+    leaves = [t.to(dtype).requires_grad_() for t in (q, *sum(sets, ()))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    shares = [torch.tensor(weights, requires_grad=True), torch.tensor(weights).double().requires_grad_()]
+    out = multi_attention(leaves[0], list(zip(leaves[1::2], leaves[2::2])), shares[0], backend="triton", **options)
+    expected = multi_attention_reference(wide[0], list(zip(wide[1::2], wide[2::2])), shares[1], **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = [out, *torch.autograd.grad(out, [*leaves, shares[0]], upstream)]
+    right = [expected, *torch.autograd.grad(expected, [*wide, shares[1]], upstream.double())]
+    for a, b in zip(found, right):
+        assert a.shape == b.shape and (a.double() - b).abs().max() <= limit * b.abs().max().clamp_min(1), (dtype, weights, options)
+    return found
+
+draw = torch.Generator().manual_seed(0)
+r = lambda *shape: torch.randn(shape, generator=draw)
+three = [(r(1, 1, size, 5), r(1, 1, size, 6)) for size in (40, 7, 33)]
+q = r(1, 1, 36, 5)
+several(q, three, [0.3, -0.5, 1.2])
+several(q, [three[0], three[2]], [0.3, 0.7], torch.float16, 2e-3, mask=MaskSpec("causal", window=4))
+rows, other = torch.tensor([0, 20, 20, 36]), torch.tensor([0, 18, 18, 19], dtype=torch.int32)
+cut = lambda t: t[0].transpose(0, 1).contiguous()
+packed = cut(q), [(r(36, 1, 5), r(36, 1, 4)), (r(19, 1, 5), r(19, 1, 4))]
+first, second = (several(*packed, [0.4, 0.0], cu_seqlens_q=rows, cu_seqlens_k=[rows, other]) for _ in range(2))
+assert all(torch.equal(a, b) for a, b in zip(first, second))
+several(packed[0], packed[1][:1], [0.4], cu_seqlens_q=rows, cu_seqlens_k=rows, mask=MaskSpec("block_lookahead", 4, 2, window=9))
+own = attention(*(cut(q)[:, :1],) * 3, cu_seqlens_q=rows, cu_seqlens_k=rows, backend="triton")
+dense = [attention(*(q[:, :1, a:b],) * 3, backend="triton")[0].transpose(0, 1) for a, b in ((0, 20), (20, 36))]
+assert torch.equal(own, torch.cat(dense))
+alone = multi_attention(q, [three[0], (None, None)], [1.0, 0.0], backend="triton")
+assert torch.equal(alone, attention(q, *three[0], backend="triton"))
+skipped = multi_attention(q, [three[0], (three[1][0] * float("nan"), three[1][1]), three[2]], [0.5, 0.0, 0.5], backend="triton")
+assert torch.equal(skipped, multi_attention(q, three[::2], [0.5, 0.5], backend="triton"))
+empty = three[1][0][:, :, :0], three[1][1][:, :, :0]
+for sets, weights in (([three[0], empty], [0.5, 0.5]), ([three[0]] * 4, [0.25] * 4)):
+    try: multi_attention(q, sets, weights, backend="triton")
+    except ValueError as problem: print(problem)
+slope = torch.autograd.grad(multi_attention(q.requires_grad_(), three[:2], [0.5, 0.5], backend="triton").sum(), q, create_graph=True)[0]
+try: slope.sum().backward()
+except RuntimeError as problem: print(problem)
+torch.library.opcheck(getattr(torch.ops.papers10, "attention").default, (q, [three[0][0]], [three[0][1]], None, None, None, None, [], [36, 40], "full", 1, 0, 0, 0, 0, 0.5, False),
+                      test_utils=("test_schema", "test_faketensor"))
 
 z = lambda *shape, dtype=torch.float32: torch.ones(shape, dtype=dtype)
 for tensors, options in (
@@ -344,6 +565,9 @@ def test_triton_in_the_interpreter():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     starts = (
+        "set 1: mask: expected at least one key for every query, got none for query 0 of row 0",
+        "backend: expected at most 3 sets that count for 'triton', got 4",
+        "attention: the Triton path has no second derivative",
         "TypeError backend: expected q, k, v all float32",
         "TypeError backend: expected q, k, v all float32",
         "ValueError backend: expected at most 256 channels",
@@ -407,6 +631,34 @@ def test_triton_on_the_card(dtype, heads, queries, keys, width, value, spec, pad
     upstream = draw(*out.shape, seed=9).cuda()
     found = [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
     right = [expected, *torch.autograd.grad(expected, wide, upstream.to(dtype).double())]
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b in zip(found, right):
+        assert (a.double() - b).abs().max() <= limit * b.abs().max().clamp_min(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sets_on_the_card(dtype, packed, count):
+    q = draw(600, 4, 64) if packed else draw(2, 4, 300, 64)
+    sizes = (500, 700, 90)[:count]
+    sets = [
+        tuple(draw(*((size, 2, 64) if packed else (2, 2, size, 64)), seed=size + s) for s in (0, 1)) for size in sizes
+    ]
+    bounds = [torch.tensor([0, size // 3, size // 2, size]) for size in (600, *sizes)]
+    options = {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1:]} if packed else {}
+    leaves = [t.cuda().to(dtype).requires_grad_() for t in (q, *itertools.chain(*sets))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    shares = [
+        torch.tensor([0.5, -0.2, 0.7][:count], dtype=kind).requires_grad_() for kind in (torch.float32, torch.float64)
+    ]
+    out = multi_attention(leaves[0], list(zip(leaves[1::2], leaves[2::2])), shares[0], backend="triton", **options)
+    expected = multi_attention_reference(wide[0], list(zip(wide[1::2], wide[2::2])), shares[1], **options)
+    upstream = draw(*out.shape, seed=9).cuda().to(dtype)
+    found = [out, *torch.autograd.grad(out, [*leaves, shares[0]], upstream)]
+    right = [expected, *torch.autograd.grad(expected, [*wide, shares[1]], upstream.double())]
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     for a, b in zip(found, right):
         assert (a.double() - b).abs().max() <= limit * b.abs().max().clamp_min(1)

@@ -1,6 +1,9 @@
 """Nearest neighbours: the same bits on every path, ties, copies, hard scales, bad input, bounded memory."""
 
 import math
+import os
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,7 +16,7 @@ from scipy.spatial.distance import cdist
 from papers10.core.bench import extra_memory
 from papers10.core.random import generator
 from papers10.kernels import knn as module
-from papers10.kernels.common import BackendUnavailable, last_backend
+from papers10.kernels.common import BackendUnavailable, installed, interpreting, last_backend
 from papers10.kernels.knn import METRICS, knn, knn_reference
 
 PATHS = [
@@ -328,14 +331,77 @@ def test_bad_backends_are_named():
         knn(Q, R, 1, order="ascending")
 
 
+INTERPRETED = """
+import torch
+from papers10.kernels import knn as module
+from papers10.kernels.knn import METRICS, knn, knn_reference
+
+draw = torch.Generator().manual_seed(0)
+r = lambda *shape: torch.randn(*shape, generator=draw)
+
+def same(got, expected):
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+def never(*arguments):
+    raise AssertionError("searched in full")
+
+full, module._in_full = module._in_full, never
+for metric in METRICS:
+    query, points = r(20, 40), r(300, 40)
+    torch.set_float32_matmul_precision("medium" if metric == "dot" else "highest")
+    same(knn(query, points, 4, metric=metric, backend="triton"), knn_reference(query, points, 4, metric=metric))
+    rough = knn(query, points, 4, metric=metric, backend="triton", refine=False)
+    torch.testing.assert_close(rough[0], knn_reference(query, points, 4, metric=metric)[0], atol=1e-4, rtol=1e-4)
+torch.set_float32_matmul_precision("highest")
+query, points = r(17, 2), r(2500, 2)
+same(knn(query, points, 3, backend="triton"), knn_reference(query, points, 3))
+module._in_full = full
+crowd = torch.cat((torch.ones(60, 3), r(10, 3)))
+same(knn(crowd, crowd, 3, exclude_self=True, backend="triton"), knn_reference(crowd, crowd, 3, exclude_self=True))
+for arguments in ((query.double(), points, 3), (query, points, 121)):
+    try: knn(*arguments, backend="triton")
+    except (TypeError, ValueError) as problem: print(type(problem).__name__, problem)
+"""
+
+
+@pytest.mark.skipif(not installed("triton"), reason="Triton is not installed")
+def test_triton_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [
+        "TypeError backend: expected query and reference in float32, bfloat16 or float16 for 'triton', got torch.float64 and torch.float32; use backend='torch'",
+        "ValueError k: expected at most 120 for backend='triton', got 121; use backend='torch'",
+    ]
+
+
+@pytest.mark.skipif(
+    interpreting() or not installed("triton"), reason="Triton's interpreter is on, or Triton is not installed"
+)
+def test_triton_on_a_processor_says_what_to_do():
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1"):
+        knn(Q, R, 1, backend="triton")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_graphics_card_returns_the_same_bits(metric):
     query, reference = draw(300, 24, dtype=torch.float32), draw(5000, 24, seed=1, dtype=torch.float32)
     got = knn(query.cuda(), reference.cuda(), 9, metric=metric)
-    assert last_backend("knn") == "torch"
+    assert last_backend("knn") == "triton"
     expected = knn(query, reference, 9, metric=metric)
     same([value.cpu() for value in got], expected)
+    same([value.cpu() for value in knn(query.cuda(), reference.cuda(), 9, metric=metric, backend="torch")], expected)
+    crowd = torch.cat((reference[:, :3], torch.ones(900, 3)))
+    same(
+        [value.cpu() for value in knn(crowd.cuda(), crowd.cuda(), 3, exclude_self=True)],
+        knn(crowd, crowd, 3, exclude_self=True),
+    )
     with pytest.raises(BackendUnavailable):
         knn(query.cuda(), reference.cuda(), 1, backend="kdtree")
