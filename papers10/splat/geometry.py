@@ -371,16 +371,26 @@ def tsdf_grid(mesh: Mesh, resolution: int, truncation: float, *, bounds: tuple[f
     Raises:
         As `voxelize`; ValueError for a truncation or thickness out of range.
     """
+    from scipy.spatial import cKDTree
+
     scaled, side = _read_mesh(mesh, resolution, bounds)
     check_range("truncation", truncation, 0, open=True)
     check_range("thickness", thickness, 0, 2 * truncation)
     triangles, reach = scaled.triangles(), (truncation + thickness / 2) / side
     low = (triangles.amin(1) - reach - 0.5).clamp(-1, resolution).ceil().long().clamp_min(0)
     high = (triangles.amax(1) + reach - 0.5).clamp(-1, resolution).floor().long().clamp_max(resolution - 1)
+    centres = torch.stack(torch.meshgrid(*[torch.arange(resolution, dtype=torch.float64) + 0.5] * 3, indexing="ij"), -1).reshape(-1, 3)
+    # The nearest corner bounds the distance: a triangle whose ball around its middle is farther need not be looked at.
+    bound = cKDTree(triangles.flatten(0, 1).cpu().numpy()).query(centres.numpy(), distance_upper_bound=reach)[0]
+    bound = torch.from_numpy(bound).clamp_max(reach).to(triangles.device)
+    middle = triangles.mean(1)
+    radius = (triangles - middle[:, None]).norm(dim=-1).amax(-1) + 1e-6
     nearest = torch.full((resolution**3,), reach * reach, dtype=torch.float64, device=triangles.device)
-    for owner, cell in _cells(low, (high - low + 1).clamp_min(0), 1 << 14):
-        squared = _squared_distance(cell.double() + 0.5, triangles[owner])
-        nearest.scatter_reduce_(0, (cell[:, 0] * resolution + cell[:, 1]) * resolution + cell[:, 2], squared, "amin")
+    for owner, cell in _cells(low, (high - low + 1).clamp_min(0), 1 << 16):
+        number = (cell[:, 0] * resolution + cell[:, 1]) * resolution + cell[:, 2]
+        point = cell.double() + 0.5
+        near = ((point - middle[owner]).norm(dim=-1) <= radius[owner] + bound[number]).nonzero()[:, 0]
+        nearest.scatter_reduce_(0, number[near], _squared_distance(point[near], triangles[owner[near]]), "amin")
     distance = nearest.sqrt().reshape(resolution, resolution, resolution)
     signed = torch.where(_solid(scaled, resolution, _surface(triangles, resolution)), distance, -distance)
     if thickness:
