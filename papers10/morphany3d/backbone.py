@@ -337,7 +337,7 @@ def train_tiny(
     if dataset.resolution != model.config.resolution:
         raise ValueError(f"dataset: expected shapes on {model.config.resolution}³ voxels, got {dataset.resolution}³")
     draw = generator(seed, "tiny training", stage)
-    recipe = {"stage": stage, "of": steps, "seed": seed, "shapes": len(dataset), "data_seed": dataset.seed, "p_rotated": dataset.p_rotated, "batch": batch, "slat_batch": slat_batch, "rate": rate, "ema": ema}
+    recipe = {"stage": stage, "of": steps, "seed": seed, "shapes": len(dataset), "data_seed": dataset.seed, "p_rotated": dataset.p_rotated, "batch": batch, "slat_batch": slat_batch, "rate": rate, "ema": ema, "modes": list(dataset.modes)}
     batches = _Batches(model, stage, dataset, draw, batch, slat_batch)
     trained = {"vae": [model.ss_vae], "ss": [model.ss_flow, model.image_encoder, model.label_encoder], "slat": [model.slat_flow],
                "flows": [model.ss_flow, model.slat_flow, model.image_encoder, model.label_encoder]}[stage]

@@ -8,8 +8,7 @@ Docs: https://papers10.github.io/papers10/06_morphany3d/latents.html.md"""
 __all__ = ['SLAT_CHANNELS', 'TinySSVAE', 'active_voxels', 'SparseLatent', 'SlatFeatures', 'encode_slat', 'decode_slat',
            'refined_logits', 'decode_mesh', 'decode_gaussians', 'RadianceField', 'decode_radiance']
 
-# %% ../../nbs/06_morphany3d/02_latents.ipynb #8481092e
-import math
+# %% ../../nbs/06_morphany3d/02_latents.ipynb #42694ed3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
