@@ -79,7 +79,7 @@ def _pairs(a: Tensor, b: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
 class FeatureExtractor:
     """An extractor made from maps; a subclass defines `maps(images [B, C, H, W]) -> list of [B, C_l, H_l, W_l]` and, if it likes, `vector` and `compare`.
 
-    name: see `Extractor`. channels: of the images, None: any. chunk: images at a time. device: where the work is done; results come back to the images' device.
+    name: see `Extractor`. channels: of the images, None: any. chunk: images at a time. device: where the work is done, None: where the images are; results come back to the images' device.
     """
 
     def __init__(self, name: str, *, channels: int | None = 3, chunk: int = 64, device: str | torch.device | None = None):
@@ -192,6 +192,7 @@ class LPIPS(FeatureExtractor):
         self.model = model.eval().requires_grad_(False)
         if device is not None:
             self.model.to(device)
+        self.device = next(self.model.parameters()).device
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Activations of the network's five (squeeze: seven) layers."""
@@ -229,6 +230,7 @@ class InceptionV3(FeatureExtractor):
             _weights_file("inception-v3", module.URL_INCEPTION_V3.rpartition("/")[2], download)
             model = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         self.model = model if device is None else model.to(device)
+        self.device = next(self.model.parameters()).device
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """None: raises TypeError."""

@@ -9,7 +9,7 @@ __all__ = ['VIEWS', 'FRONTED', 'AESTHETIC_PROMPT', 'view_cameras', 'Views', 'ren
            'classifier_views', 'train_extractor', 'TinyCNNExtractor', 'save_extractor', 'load_extractor',
            'frame_volume', 'frame_images', 'side_cameras', 'MorphScores', 'morph_scores', 'set_scores', 'silhouettes',
            'floaters', 'classifier_entropy', 'plausibility', 'sequence_metrics', 'morph_strip', 'aesthetic_question',
-           'parse_pick', 'Preference', 'aesthetic_preference']
+           'parse_pick', 'Preference', 'aesthetic_preference', 'preference_study']
 
 # %% ../../nbs/06_morphany3d/12_metrics.ipynb #5f1b4543
 import base64
@@ -17,9 +17,7 @@ import io
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,6 +264,7 @@ class TinyCNNExtractor(FeatureExtractor):
         self.model = (load_extractor() if model is None else model).eval()
         if device is not None:
             self.model.to(device)
+        self.device = next(self.model.parameters()).device
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Activations of the three convolutions."""
@@ -698,3 +697,38 @@ def _asker(client: Any, model: str | None, options: Mapping[str, Any]) -> Callab
     if not callable(client):
         raise TypeError(f"client: expected an openai client or a function from messages to text, got {type(client).__name__}")
     return lambda messages: client(messages, **options)
+
+# %% ../../nbs/06_morphany3d/12_metrics.ipynb #1a682f04
+def preference_study(folder, morphs: Mapping[str, Float[Tensor, "pair frame S S 3"]], *, names: Sequence[str] | None = None, fps: float = 8.0, size: int = 256, seed: int = 0, **options: Any) -> Path:
+    """Write films of morphs and a page on which people choose between them.
+
+    Args:
+        folder: FOLDER/films/ARM/NAME.gif and FOLDER/study.html are written. morphs: arm -> pictures [P, N+1, S, S, 3] in [0, 1] of the same pairs.
+        names: of the pairs, "pair 0" … when not given. fps: frames a second. size: films are enlarged to it, pixels stay sharp. seed: of order and sides. options: of `core.preference.preference_page`, e.g. against="mca_tfsa_oc".
+
+    Returns: path of the page. Answers are read by `core.preference.read_answers` and counted by `core.preference.tally`.
+    Raises: ValueError: arms or names that do not fit; as `preference_page`.
+    Source: paper, user study (49 people, one pick among all methods); ours compares two at a time.
+    """
+    from papers10.core.media import write_video
+    from papers10.core.preference import preference_page
+
+    shapes = {tuple(value.shape) for value in morphs.values()}
+    if len(morphs) < 2 or len(shapes) > 1 or len(next(iter(shapes))) != 5:
+        raise ValueError(f"morphs: expected pictures [P, N+1, S, S, 3] of one shape for at least two arms, got {sorted(map(str, shapes))} for {len(morphs)}")
+    check_range("fps", fps, 0, open=True)
+    pairs = next(iter(shapes))[0]
+    names = [f"pair {pair}" for pair in range(pairs)] if names is None else list(names)
+    if len(names) != pairs or len(set(names)) != pairs:
+        raise ValueError(f"names: expected {pairs} different ones, got {names}")
+    folder = Path(folder)
+    for arm, value in morphs.items():
+        check_images(f"morphs[{arm!r}]", value, channels=3, lead="P N")
+        (folder / "films" / arm).mkdir(parents=True, exist_ok=True)
+        for name, frames in zip(names, value):
+            # Forwards and back, so that the film can be watched in a circle.
+            film = torch.cat([frames, frames[1:-1].flip(0)]).float().movedim(-1, 1)
+            film = F.interpolate(film, size=(size, size), mode="nearest").movedim(1, -1)
+            write_video(folder / "films" / arm / f"{name}.gif", film, fps)
+    options = {"question": "Which morph do you like better?", "title": "Morphs", **options}
+    return preference_page(folder / "study.html", {arm: folder / "films" / arm for arm in morphs}, seed=seed, **options)

@@ -308,6 +308,22 @@ def test_metrics_of_a_sequence(shapes):
     assert ms.sequence_metrics(frames, "pooled", size=16)["extractor"] == "pooled"
 
 
+def test_metrics_of_the_pipelines_own_sequences():
+    from papers10.morphany3d.morphing import MorphConfig
+    from papers10.morphany3d.pipeline import MorphPipeline
+
+    pipeline = MorphPipeline.from_tiny(steps=3)
+    sequence = pipeline.sequence("mug", "tree", MorphConfig(n_frames=3), formats=())
+    found = sequence.metrics()
+    assert found["extractor"] == "tiny-cnn" and found["n_frames"] == 3 and 0 <= found["turns"] <= 2
+    assert {"ppl_sum", "pdv", "lag", "floater_fraction", "classifier_entropy"} <= set(found)
+    tsdf, color = ms.frame_volume(sequence.frames[1])
+    assert tsdf.shape == (16, 16, 16) and color.shape == (16, 16, 16, 3)
+    assert torch.equal(tsdf > 0, sequence.frames[1].logits > 0)
+    whole = ms.plausibility(sequence.frames[1])
+    assert whole["components"] >= 1 and 0 <= whole["floater_fraction"] < 1
+
+
 # The judge
 
 
@@ -375,6 +391,22 @@ def test_strip_holds_both_ends():
     strip = ms.morph_strip(frames, 3)
     assert strip.shape == (4, 12, 3) and strip.dtype == np.uint8
     assert [int(strip[0, 4 * i, 0]) for i in range(3)] == [0, 128, 255]
+
+
+def test_study_writes_films_and_a_page(tmp_path):
+    from papers10.core.media import read_video
+
+    page = ms.preference_study(tmp_path, MORPHS, names=["a", "b", "c", "d"], size=16, against="dark")
+    films = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("films/*/*.gif"))
+    assert page == tmp_path / "study.html" and films[:4] == [f"films/dark/{name}.gif" for name in "abcd"]
+    film = read_video(tmp_path / films[0]).frames
+    # Equal frames may be stored as one that is shown longer.
+    assert film.shape[1:] == (16, 16, 3) and len(film) <= 14
+    assert "Which morph do you like better?" in page.read_text()
+    with pytest.raises(ValueError, match="names"):
+        ms.preference_study(tmp_path, MORPHS, names=["a", "a", "b", "c"])
+    with pytest.raises(ValueError, match="morphs"):
+        ms.preference_study(tmp_path, {"dark": MORPHS["dark"]})
 
 
 GOOD = torch.rand(2, 4, 1, 8, 8, 3, generator=torch.Generator().manual_seed(0))
