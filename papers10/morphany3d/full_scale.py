@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ def read_pairs(name: str | Path) -> list[Pair]:
         ends = [str(row.get(end) or "").strip() if isinstance(row, Mapping) else "" for end in ("source", "target")]
         if not all(ends):
             raise ValueError(f"{file.name}: expected source and target in row {number + 1}, got {row!r}")
-        label = str(row.get("name") or f"{Path(ends[0]).stem}--{Path(ends[1]).stem}").replace("/", "-").replace(" ", "-")
+        label = re.sub(r"[^\w.-]+", "-", str(row.get("name") or f"{Path(ends[0]).stem}--{Path(ends[1]).stem}"))  # it names a folder
         if any(label == pair.name for pair in pairs):
             raise ValueError(f"{file.name}: expected every name once, got {label!r} again in row {number + 1}")
         pairs.append(Pair(label, *ends, file.parent))
