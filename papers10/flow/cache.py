@@ -186,7 +186,10 @@ class StepKV:
 
             path = self._file(place)
             temporary = path.with_suffix(".new")
-            temporary.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
+            plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            if plain["keys"].data_ptr() == plain["values"].data_ptr():  # a file does not hold one memory twice
+                plain["values"] = plain["values"].clone()
+            temporary.write_bytes(save(plain))
             temporary.replace(path)
             return {**kept, "tensors": None}
         old_tensors = (old or {}).get("tensors") or {}
