@@ -404,10 +404,10 @@ class Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_volume(backbone: Any, volume: Volume) -> Encoded:
+def encode_volume(backbone: Any, volume: Volume, *, refine: int = 100) -> Encoded:
     """Latents of a volume, for the small backbone.
 
-    Args: backbone: `pipeline.TinyAdapter`. volume: at its resolution.
+    Args: backbone: `pipeline.TinyAdapter`. volume: at its resolution. refine: steps of Adam (rate 0.05) on the encoder's guess, through the decoder; 0 keeps the guess.
     Raises: TypeError for another backbone, ValueError for another resolution or a volume whose code decodes to nothing. Source: our choice; TRELLIS encodes occupancy and picture features instead.
     """
     model = getattr(backbone, "model", None)
@@ -419,7 +419,17 @@ def encode_volume(backbone: Any, volume: Volume) -> Encoded:
     if volume.resolution != backbone.resolution:
         raise ValueError(f"volume: expected a resolution of {backbone.resolution}, got {volume.resolution}")
     tsdf, color = (part[None].to(backbone.device, backbone.dtype) for part in (volume.tsdf, volume.color))
+    check_range("refine", refine, 0)
     structure = model.ss_vae.encode(tsdf)
+    with torch.enable_grad():
+        guess = structure.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([guess], lr=0.05)
+        for _ in range(refine):
+            decoded = model.ss_vae.decode(guess)
+            loss = (decoded - tsdf).square().mean() + 0.3 * F.binary_cross_entropy_with_logits(4 * decoded, (tsdf > 0).to(tsdf)) + 1e-3 * guess.square().mean()
+            guess.grad, = torch.autograd.grad(loss, guess)
+            optimizer.step()
+    structure = guess.detach()
     logits = model.ss_vae.decode(structure)
     coords = active_voxels(logits)
     if not len(coords):
@@ -510,7 +520,7 @@ def invert_endpoint(
 
 
 def encode_mesh(
-    backbone: Any, mesh: Any, *, inversion: str = "euler", iterations: int = 5, steps: int | None = None, cfg_strength: float | None = None, up: str = "+z", facing: str = "+x", color: Sequence[float] | None = None,
+    backbone: Any, mesh: Any, *, inversion: str = "euler", iterations: int = 5, steps: int | None = None, cfg_strength: float | None = None, refine: int = 100, up: str = "+z", facing: str = "+x", color: Sequence[float] | None = None,
     thickness: float = 0.04, image: Any = None, name: str | None = None, seed: int = 0,
 ) -> Endpoint:
     """A mesh as the end of a morph.
@@ -520,7 +530,7 @@ def encode_mesh(
         mesh: path, data name ("mesh/ant"), `trimesh.Trimesh`, `Mesh`, `MeshShape`, or a `shapes.Volume`.
         inversion: "euler" finds the noise that leads to the mesh; "none" takes only its picture as the condition, and the object is generated anew.
         iterations, seed: as in `invert_endpoint`. steps, cfg_strength: those of the backbone when not given. The morph has to sample with the same.
-        up, facing, color: as in `prepare_mesh`. thickness: as in `MeshShape`.
+        refine: as in `encode_volume`. up, facing, color: as in `prepare_mesh`. thickness: as in `MeshShape`.
         image: another picture for the condition, a tensor [32, 32, 4] as it is or what `prepare_image` takes; the mesh seen along +y when not given.
         name: of the endpoint.
 
@@ -548,7 +558,7 @@ def encode_mesh(
     condition = backbone.condition([picture])[0]
     if inversion == "none":
         return Endpoint(name, condition)
-    found = encode_volume(backbone, volume)
+    found = encode_volume(backbone, volume, refine=refine)
     return invert_endpoint(backbone, condition, found.structure, found.coords, found.normalised, name=name, features=found.features, iterations=iterations, steps=steps or backbone.steps,
                            rescale_t=backbone.rescale_t, cfg_strength=backbone.cfg_strength if cfg_strength is None else cfg_strength, cfg_interval=backbone.cfg_interval, seed=seed)[0]
 

@@ -253,7 +253,7 @@ def sphere(radius=0.3):
 def test_encoded_features_are_those_of_the_volume(backbone, monkeypatch):
     volume = sphere()
     monkeypatch.setattr(backbone.model.ss_vae, "decode", lambda latent: volume.tsdf[None].double())
-    found = encode_volume(backbone, volume)
+    found = encode_volume(backbone, volume, refine=0)
     places = found.coords[:, 1:].long().unbind(1)
     torch.testing.assert_close(found.features[:, 3], 2 * volume.tsdf[places].double() - 1)
     torch.testing.assert_close(found.features[:, :3], 1.5 * (2 * volume.color[places].double() - 1))
@@ -262,9 +262,18 @@ def test_encoded_features_are_those_of_the_volume(backbone, monkeypatch):
 
 def test_voxels_that_the_decoder_adds_take_the_nearest_colour(backbone, monkeypatch):
     monkeypatch.setattr(backbone.model.ss_vae, "decode", lambda latent: torch.ones(1, 16, 16, 16, dtype=torch.float64))
-    found = encode_volume(backbone, sphere())
+    found = encode_volume(backbone, sphere(), refine=0)
     expected = (1.5 * (2 * torch.tensor([0.8, 0.3, 0.2]).double() - 1)).expand(len(found.coords), 3)
     torch.testing.assert_close(found.features[:, :3], expected, rtol=0, atol=1e-6)  # colours are float32
+
+
+def test_refining_brings_the_code_nearer_to_the_volume(backbone):
+    volume = sphere()
+    guess, better = (encode_volume(backbone, volume, refine=count) for count in (0, 30))
+    error = lambda found: float((found.logits - volume.tsdf).square().mean())
+    torch.testing.assert_close(guess.structure, backbone.model.ss_vae.encode(volume.tsdf[None].double())[0])
+    assert error(better) < error(guess)
+    assert not better.structure.requires_grad and not any(parameter.grad is not None for parameter in backbone.model.parameters())
 
 
 def latents(backbone, seed=0):
@@ -346,7 +355,7 @@ def test_a_mesh_goes_through_the_pipeline(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(backbone.model.ss_vae, "decode", lambda latent: sphere().tsdf[None].double().expand(len(latent), -1, -1, -1))
     path = tmp_path / "brick.ply"
     box().export(path)
-    end = MorphPipeline(backbone).encode(path, iterations=2, steps=2)
+    end = MorphPipeline(backbone).encode(path, iterations=2, steps=2, refine=0)
     assert end.name == "brick" and end.noise.coords is not None and end.error >= 0
 
 
@@ -357,7 +366,7 @@ def test_meshes_by_name(backbone):
 
 def test_a_turntable_is_an_end(backbone, monkeypatch):
     monkeypatch.setattr(backbone.model.ss_vae, "decode", lambda latent: sphere().tsdf[None].double().expand(len(latent), -1, -1, -1))
-    end = encode_views(backbone, turntable_pictures(Shape.random("tree", 3, p_rotated=0.0), 4), steps=2, iterations=1)
+    end = encode_views(backbone, turntable_pictures(Shape.random("tree", 3, p_rotated=0.0), 4), steps=2, iterations=1, refine=0)
     assert end.name == "turntable" and end.noise is not None
 
 
@@ -365,6 +374,7 @@ def test_a_turntable_is_an_end(backbone, monkeypatch):
     (lambda b: encode_mesh(b, box(), inversion="ddim"), ValueError, "inversion"),
     (lambda b: encode_volume(b, sphere().image()), TypeError, "volume"),
     (lambda b: encode_volume(b, Shape.random("car", 1).volume(8)), ValueError, "resolution of 16"),
+    (lambda b: encode_volume(b, sphere(), refine=-1), ValueError, "refine"),
     (lambda b: encode_volume(object(), sphere()), TypeError, "invert_endpoint"),
     (lambda b: invert_endpoint(b, torch.zeros(4, 64), *latents(b), iterations=0), ValueError, "iterations"),
     (lambda b: invert_endpoint(b, torch.zeros(4, 64), *latents(b), cfg_strength=-1), ValueError, "cfg_strength"),
@@ -386,4 +396,4 @@ def test_volumes_may_come_from_elsewhere(backbone, monkeypatch):
     occupancy = torch.zeros(16, 16, 16, dtype=torch.bool)
     occupancy[4:12, 5:11, 3:9] = True
     monkeypatch.setattr(backbone.model.ss_vae, "decode", lambda latent: sphere().tsdf[None].double().expand(len(latent), -1, -1, -1))
-    assert encode_mesh(backbone, Volume.from_occupancy(occupancy), steps=2, iterations=1, name="block").name == "block"
+    assert encode_mesh(backbone, Volume.from_occupancy(occupancy), steps=2, iterations=1, refine=0, name="block").name == "block"
