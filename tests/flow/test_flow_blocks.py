@@ -145,3 +145,24 @@ def test_time_embedding_and_axes():
 def test_refusals_name_the_argument(call, word):
     with pytest.raises(ValueError, match=word):
         call()
+
+
+@pytest.mark.parametrize("rope", [None, "3d"])
+def test_packed_samples_are_samples(rope):
+    block = opened(DiTBlock(24, 2, cross="plain", context_dim=10, qk_norm=True, rope=rope, per_token_time=True))
+    sizes, ends = [4, 1, 6], torch.tensor([0, 4, 5, 11])
+    tokens, time, context = normal(1, 11, 24, seed=1), normal(1, 11, 24, seed=2), [normal(1, count, 10, seed=3 + count) for count in (3, 5, 2)]
+    places = torch.arange(33).reshape(11, 3) if rope else None
+    row = block(tokens, time, context=torch.cat(context, 1), positions=places, cu_seqlens=ends, context_cu_seqlens=torch.tensor([0, 3, 8, 10]))
+    for sample, (first, last) in enumerate(zip(ends[:-1], ends[1:])):
+        own = block(tokens[:, first:last], time[:, first:last], context=context[sample], positions=places[first:last] if rope else None)
+        torch.testing.assert_close(row[:, first:last], own)
+    assert sum(sizes) == row.shape[1]
+
+
+def test_packed_samples_take_no_padding():
+    attention = Attention(8, 2).double()
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        attention(normal(1, 4, 8), cu_seqlens=torch.tensor([0, 4]), valid=(torch.tensor([0]), torch.tensor([4])))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        attention(normal(2, 4, 8), cu_seqlens=torch.tensor([0, 4]))
