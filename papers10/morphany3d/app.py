@@ -9,9 +9,9 @@ __all__ = ['ACTIONS', 'program', 'Source', 'Target', 'Out', 'Formats', 'Frames',
            'What', 'Size', 'Rate', 'Resume', 'Backbone', 'Background', 'Inversion', 'CacheDevice', 'Device', 'Seed',
            'morph_command', 'dual_command', 'compare_command', 'train_command', 'main']
 
-# %% ../../nbs/06_morphany3d/17_command_line.ipynb #c6602036
+# %% ../../nbs/06_morphany3d/17_command_line.ipynb #8c328e3d
 import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
@@ -218,9 +218,9 @@ def _write(wanted: _Wanted, morph: Any, *, fps: float, views: Any, size: int, wh
     for frame in morph.frames:
         for part, seconds in frame.seconds.items():
             spent[part] = spent.get(part, 0.0) + seconds
-    turned = [frame.index for frame in morph.frames if frame.turns]
+    turned = [frame.index + 1 for frame in morph.frames if frame.turns]
     print(f"{', '.join(str(path) for path in files)}: {said}, {len(morph)} frames; " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in spent.items())
-          + (f"; frames {', '.join(map(str, turned))} were turned" if turned else ""))
+          + (f"; turned in {', '.join(map(str, turned))}" if turned else ""))
 
 
 def _told(frames: int) -> Any:
@@ -319,7 +319,7 @@ def compare_command(source: Source, target: Target, out: Annotated[Path, typer.O
         sheet.add_column(column, justify="left" if column == "preset" else "right")
     for row in rows:
         sheet.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
-    Console(width=None).print(sheet)
+    Console(file=sys.stdout, force_jupyter=False).print(sheet)
     print(f"{wanted.out}: {len(rows)} rows of {frames} pictures")
 
 

@@ -160,10 +160,9 @@ def _shared_flops(case: dict) -> float:
 def _shared_spec() -> KernelSpec:
     case = lambda tokens, width, heads, context, **more: {"tokens": tokens, "width": width, "heads": heads, "context": context, **more}
     return KernelSpec(
-        "ma_shared_attention", {"attentions": _shared}, {"attentions": _twice}, ("reference", "torch"), {}, cases=[case(7, 12, 3, 5), case(33, 16, 2, 9), case(6, 8, 2, 4, dtype="float64")],
+        "ma_shared_attention", {"attentions": _shared}, {"attentions": _twice}, ("reference", "torch", "triton"), {}, cases=[case(7, 12, 3, 5), case(33, 16, 2, 9), case(6, 8, 2, 4, dtype="float64"), case(33, 16, 2, 9, dtype="bfloat16"), case(33, 16, 2, 9, dtype="float16")],
         limit=lambda case, hardware: _shared_flops(case) / hardware.flops.get(case.get("dtype", "float32"), math.inf) if hardware.flops else 0.0, make_inputs=_shared_inputs,
-        bench_cases=[case(64, 96, 4, 64, device="cpu"), case(1024, 512, 8, 1374, device="cpu"), case(4096, 1024, 16, 1374, device="cuda")], cost=lambda case: case["tokens"],
-        unsupported=tuple((name, kind) for name in ("reference", "torch") for kind in ("bfloat16", "float16")))
+        bench_cases=[case(64, 96, 4, 64, device="cpu"), case(1024, 512, 8, 1374, device="cpu"), case(4096, 1024, 16, 1374, device="cuda")], cost=lambda case: case["tokens"], unsupported=(("triton", "float64"),))
 
 # %% ../../nbs/06_morphany3d/18_cost.ipynb #0f0e4aa9
 @torch.no_grad()
