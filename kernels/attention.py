@@ -995,9 +995,10 @@ def multi_attention(
     options = {"mask": mask, "scale": scale, "cu_seqlens_q": cu_seqlens_q}
     if len(count) == 1 and numbers[count[0]] == 1 and not wanted:
         return attention(q, *sets[count[0]], cu_seqlens_k=bounds[count[0]], backend=backend, **options)
-    counted = [sets[index] for index in count]
-    refusal = _refusal(q, counted)
-    skip = refusal is not None or _second_derivatives() or (mask is None and cu_seqlens_q is None)
+    counted, bounds_k = [sets[index] for index in count], [bounds[index] for index in count]
+    lengths = [] if cu_seqlens_q is None else _lengths_of_sets(q, counted, count, cu_seqlens_q, bounds_k)
+    refusal, plain = _refusal(q, counted), mask is None and all(len(_groups(rows)) < 2 for rows in lengths)
+    skip = refusal is not None or _second_derivatives() or plain
     chosen = resolve_backend(backend, q, _OFFERED, kernel="attention", auto_skips=("triton",) if skip else ())
     if chosen == "reference":
         return multi_attention_reference(q, sets, weights, cu_seqlens_k=cu_seqlens_k, **options)
@@ -1005,7 +1006,7 @@ def multi_attention(
         if refusal is not None:
             raise refusal
         given = weights if wanted else torch.tensor([numbers[index] for index in count], dtype=torch.float64)
-        return _multi_triton(q, counted, given, count, [bounds[index] for index in count], mask, scale, cu_seqlens_q)
+        return _multi_triton(q, counted, given, count, mask, scale, _Rows(lengths, cu_seqlens_q, bounds_k) if lengths else None)
     parts = _each_set(attention, q, sets, weights if wanted else numbers, bounds, count, backend=chosen, **options)
     weight, total = next(parts)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, *itertools.chain(*counted)))
@@ -1017,20 +1018,27 @@ def multi_attention(
     return total.to(q.dtype)
 
 
-def _multi_triton(q, sets, weights, count, bounds, mask, scale, cu_seqlens_q) -> Tensor:
-    """All sets that count in one launch; `weights` a tensor with one number for each of them."""
-    lengths = []
-    for index, (k, v), rows in zip(count, sets, bounds):
+def _lengths_of_sets(q, sets, names, cu_seqlens_q, bounds) -> list[list[tuple[int, int]]]:
+    """(queries, keys) of every packed row, for each set; errors name the set."""
+    found = []
+    for name, (k, v), rows in zip(names, sets, bounds):
         try:
-            if cu_seqlens_q is None and rows is None:
-                _check(q, k, v, None)
-                _check_keys(mask, [(q.shape[2], k.shape[2])] * q.shape[0], 0, 0)
-            else:
-                lengths.append(_check_packed(q, k, v, cu_seqlens_q, rows))
-                _check_keys(mask, lengths[-1], 0, 0)
+            found.append(_check_packed(q, k, v, cu_seqlens_q, rows))
         except (TypeError, ValueError) as problem:
-            raise type(problem)(f"set {index}: {problem}") from None
-    return _attention_triton(*_narrowed(q, sets), weights, mask, scale, None, 0, 0, _Rows(lengths, cu_seqlens_q, bounds) if lengths else None)
+            raise type(problem)(f"set {name}: {problem}") from None
+    return found
+
+
+def _multi_triton(q, sets, weights, names, mask, scale, rows: _Rows | None) -> Tensor:
+    """All sets in one launch; `weights` a tensor with one number for each of them."""
+    for place, (name, (k, v)) in enumerate(zip(names, sets)):
+        try:
+            if rows is None:
+                _check(q, k, v, None)
+            _check_keys(mask, rows.lengths[place] if rows else [(q.shape[2], k.shape[2])] * q.shape[0], 0, 0)
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"set {name}: {problem}") from None
+    return _attention_triton(*_narrowed(q, sets), weights, mask, scale, None, 0, 0, rows)
 
 # %% ../nbs/kernels/attention.ipynb #021a494b
 def _case_spec(case: dict) -> MaskSpec | None:
@@ -1162,8 +1170,9 @@ def _entry(kernel, dtype: str, width: int, spec: MaskSpec, padded: bool = False,
     signature = {name: kinds.get(name, pointer if name.endswith("_ptr") else "i32") for name in kernel.arg_names if name not in constants}
     rule = "".join((spec.mode, ", window" * (spec.window is not None), ", padding" * padded, ", packed" * packed, f", {sets} sets" * (sets > 1)))
     name = {_forward_kernel: "forward", _query_kernel: "backward by query", _key_kernel: "backward by key"}[kernel]
-    # float32 is multiplied outside of the tensor cores and lies at the edge of what a thread can hold.
-    return TritonEntry(lambda: kernel, signature, constants, warps, f"{name} d={width} {dtype} {rule}", 48 if dtype == "float32" else 0)
+    # float32, multiplied outside of the tensor cores, and 256 channels lie at the edge of what a thread can hold.
+    spills = 48 if dtype == "float32" else 16 if width > 128 else 0
+    return TritonEntry(lambda: kernel, signature, constants, warps, f"{name} d={width} {dtype} {rule}", spills)
 
 
 def _entries() -> list[TritonEntry]:

@@ -607,6 +607,31 @@ def test_auto_leaves_to_pytorch_what_it_has_a_kernel_for(monkeypatch):
     assert skipped[6:] == [True] * 3
 
 
+def test_what_auto_leaves_to_pytorch_of_sets_and_packed_rows(monkeypatch):
+    skipped = []
+
+    def resolve(requested, tensor, available, *, kernel, auto_skips):
+        if requested == "auto":
+            skipped.append("triton" in auto_skips)
+        return "torch"
+
+    monkeypatch.setattr(module, "resolve_backend", resolve)
+    q, rows = draw(1, 1, 20, 4).float(), torch.tensor([0, 3, 20])
+    sets, packed = [(q, q), (q, q)], q[0].transpose(0, 1)
+    multi_attention(q, sets, [0.5, 0.5]), multi_attention(q, sets, [0.5, 0.5], mask=MaskSpec(window=3))
+    assert skipped == [True, False]
+    equal = torch.tensor([0, 10, 20])
+    multi_attention(packed, [(packed, packed)] * 2, [0.5, 0.5], cu_seqlens_q=equal, cu_seqlens_k=equal)
+    attention(packed, packed, packed, cu_seqlens_q=equal, cu_seqlens_k=equal)
+    assert skipped[2:] == [True] * 3
+    del skipped[2:]
+    multi_attention(packed, [(packed, packed)] * 2, [0.5, 0.5], cu_seqlens_q=rows, cu_seqlens_k=rows)
+    attention(packed, packed, packed, cu_seqlens_q=rows, cu_seqlens_k=rows)
+    multi_attention(q.double(), [(q.double(), q.double())] * 2, [0.5, 0.5], mask=MaskSpec(window=3))
+    multi_attention(q, sets * 2, [0.25] * 4, mask=MaskSpec(window=3))
+    assert skipped[2:] == [False, False, True, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
