@@ -488,7 +488,7 @@ class MorphPipeline:
         source, target = (_stacked(ends) for ends in (sources, targets))
         detail = target if details is None else _stacked(details)
         state = MorphState(cache=self._cache(config, {"seed": seed, "config": config.model_dump(exclude={"cache_folder"}), "ends": [end.name for end in (*sources, *targets)]}))
-        nearest_of: dict[int, Tensor] = {}
+        present: dict[Any, Any] = {}  # voxels of the present frame, and what was looked up for them
         if "kv" in (config.ss_sa, config.slat_sa):
             state.recorded = [StepKV("cpu" if config.cache_device == "disk" else config.cache_device) for _ in range(2)]
         own: list[Tensor | None] = [None, None]
@@ -497,7 +497,7 @@ class MorphPipeline:
                 own[side] = self._record(conditions, [pair[side] for pair in noises], config, state.recorded[side] if state.recorded else None)
             noises = [tuple(noise if noise.coords is not None else replace(noise, coords=(places := own[side][own[side][:, 0] == pair, 1:].cpu()), tokens=noise.at(places, "field"))
                             for side, noise in enumerate(both)) for pair, both in enumerate(noises)]
-        state.nearest = lambda stage, number, call: None if stage == "ss" else nearest_of[number]
+        state.nearest = lambda stage, number, call: None if stage == "ss" else _nearest_tokens(present, number, own[number], pairs, call)
         alphas, slat_alphas = config.alphas("ss"), config.alphas("slat")
         last, previous = config.n_frames - 1, [None] * pairs
         with install_morph(backbone, config, state):
@@ -531,9 +531,8 @@ class MorphPipeline:
                         if backbone.rotary and state.beta:
                             memory.rotate("ss", turns[0], backbone.noise_shape("ss")[-1])
                 coords = backbone.voxels(logits)
-                for number, places in enumerate(own):
-                    if places is not None:
-                        nearest_of[number] = _nearest_packed(coords, places, pairs)
+                present.clear()
+                present["coords"] = coords
                 state.blend(slat_alpha, [source, detail])
                 latents = self._latents(state, config, coords, self._token_noises(coords, noises, slat_alpha, config), timer)
                 if state.beta:
@@ -565,6 +564,26 @@ def _stacked(ends: Sequence[Endpoint]) -> Tensor:
     if len(lengths) > 1:
         raise ValueError(f"assets: expected conditions of equal length on one side of a batch, got {' and '.join(map(str, sorted(lengths)))} tokens; morph them one pair at a time")
     return torch.stack([end.condition for end in ends])
+
+
+def _coarse(coords: Tensor, factor: int) -> Tensor:
+    """Cells of factor³ voxels that hold one of `coords`, rows in order."""
+    return coords if factor == 1 else torch.cat((coords[:, :1], coords[:, 1:] // factor), 1).unique(dim=0)
+
+
+def _nearest_tokens(present: dict[Any, Any], number: int, own: Tensor, pairs: int, call: Any) -> Tensor:
+    """For each token of a call the nearest one of an endpoint's run. Tokens are voxels, or the cells to which a network joins them before its attentions (TRELLIS: 2³)."""
+    tokens = call.inputs.coords if call.sparse else None
+    size = "voxels" if tokens is None else len(tokens)
+    if size not in present:
+        factors = [factor for factor in (1, 2, 4) if tokens is None or torch.equal(_coarse(present["coords"], factor).to(tokens), tokens)]
+        if not factors:
+            raise ValueError(f"self-attention of {call.name}: expected tokens that are voxels or cells of 2 or 4 voxels, got {size} others; 'kv' cannot be used with this network")
+        present[size] = factors[0]
+    place = number, present[size]
+    if place not in present:
+        present[place] = _nearest_packed(_coarse(present["coords"], place[1]), _coarse(own, place[1]), pairs)
+    return present[place]
 
 
 def _nearest_packed(coords: Tensor, others: Tensor, pairs: int) -> Tensor:

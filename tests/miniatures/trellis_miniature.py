@@ -491,15 +491,14 @@ class SparseConv3d(nn.Module):
 
 
 class SparseDownsample(nn.Module):
-    """Means over 2³ cells; what is needed to undo it goes into the spatial cache."""
+    """Means over cells of 2³ voxels; as published, the zero that the sum starts from counts as one more. Kept for undoing it: the spatial cache."""
 
     def forward(self, x):
         small = x.coords.clone()
         small[:, 1:] //= 2
         coords, index = small.unique(dim=0, return_inverse=True)
-        feats = x.feats.new_zeros(len(coords), x.feats.shape[1]).index_add(0, index, x.feats) / index.bincount()[
-            :, None
-        ].to(x.dtype)
+        sums = x.feats.new_zeros(len(coords), x.feats.shape[1]).index_add(0, index, x.feats)
+        feats = sums / (1 + index.bincount())[:, None].to(x.dtype)
         out = SparseTensor(
             feats,
             coords.int(),

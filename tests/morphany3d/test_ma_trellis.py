@@ -737,6 +737,13 @@ def test_a_whole_morph_has_plain_ends(adapters, name):
     assert not any("forward" in vars(module) for model in adapter.models().values() for module in model.modules())
 
 
+def test_mixed_keys_of_tokens_that_are_cells_of_voxels(adapters):
+    """TRELLIS joins 2³ voxels before its attentions: keys of the endpoints' runs are looked up among these cells."""
+    pipeline, ends = MorphPipeline(adapters["trellis"]), [miniature.picture("red"), miniature.picture("blue")]
+    frames = list(pipeline.morph(*ends, MorphConfig.preset("kv_both", n_frames=3), formats=()))
+    assert len(frames) == 3 and all(torch.isfinite(frame.features).all() for frame in frames)
+
+
 def test_prompts_of_other_length_morph_and_mixed_keys_refuse_them(adapters, monkeypatch):
     adapter = adapters["words"]
     source, target = contexts(adapter)
