@@ -555,8 +555,9 @@ def _entries() -> list[TritonEntry]:
         return []
     pointers = {name: f"*{'i32' if name == 'index_ptr' else 'fp32'}" for name in ("query_ptr", "point_ptr", "bias_ptr", "value_ptr", "index_ptr")}
     signature = {**pointers, **dict.fromkeys(("M", "N", "D", "PART"), "i32")}
+    # Products in float32 lie at the edge of what a thread of an A100 can hold: a few bytes may spill.
     return [
-        TritonEntry(lambda: _candidates_kernel, signature, {"ALPHA": -2, **_kernel_constants(width, count)}, _WARPS, f"candidates d={width} c={count}")
+        TritonEntry(lambda: _candidates_kernel, signature, {"ALPHA": -2, **_kernel_constants(width, count)}, _WARPS, f"candidates d={width} c={count}", 48)
         for width, count in ((3, 12), (64, 24), (768, _MOST_CANDIDATES))
     ]
 
