@@ -326,7 +326,8 @@ def compare_command(source: Source, target: Target, out: Annotated[Path, typer.O
 def _numbers(morph: Any) -> dict[str, float]:
     """What a comparison says about a morph: path length and variance, loose parts, doubt of the classifier, turned frames; all by the extractor "tiny-cnn"."""
     found = morph.metrics()
-    return {name: float(found[name]) for name in ("ppl_sum", "pdv", "floater_fraction", "classifier_entropy") if name in found} | {"turned": sum(bool(turn) for turn in morph.turns)}
+    names = {"ppl_sum": "ppl_sum", "pdv": "pdv", "floaters": "floater_fraction", "entropy": "classifier_entropy"}
+    return {name: float(found[key]) for name, key in names.items() if key in found} | {"turned": sum(bool(turn) for turn in morph.turns)}
 
 # %% ../../nbs/06_morphany3d/17_command_line.ipynb #9b4aea7c
 @program.command("train", help=ACTIONS["train"])
