@@ -44,14 +44,11 @@ def mode_config(mode: str, n_frames: int = 16, **changes: Any) -> MorphConfig:
     """
     check_choice("mode", mode, MODES)
     check_range("n_frames", n_frames, 2)
-    moving = changes.pop("schedule", "linear")
-    still = (0.0,) * n_frames
-    detail = changes.pop("slat_schedule", None)
+    moving, detail = changes.pop("schedule", "linear"), changes.pop("slat_schedule", None)
     if detail is not None and mode not in ("full", "dual"):
         raise ValueError(f"slat_schedule: expected none for mode {mode!r}, where only one stage morphs, got {detail!r}")
-    schedules = {"structure": {"schedule": moving, "slat_schedule": still}, "detail": {"schedule": still, "slat_schedule": moving}}
-    schedules["style"] = schedules["detail"]
-    return MorphConfig.preset({"full": "paper"}.get(mode, mode), n_frames=n_frames, **{**schedules.get(mode, {"schedule": moving, "slat_schedule": detail}), **changes})
+    schedules = {"schedule": moving, "slat_schedule": detail} if mode in ("full", "dual") else {"schedule" if mode == "structure" else "slat_schedule": moving}
+    return MorphConfig.preset({"full": "paper"}.get(mode, mode), n_frames=n_frames, **schedules, **changes)
 
 
 def morph_mode(pipeline: MorphPipeline, mode: str, source: Any, target: Any, *, detail: Any = None, n_frames: int = 16, seed: int = 0, formats: Sequence[str] = (), **changes: Any) -> MorphSequence:
@@ -183,7 +180,7 @@ def modes_trial(arm: str, seed: int, *, pairs: int = 4, n_frames: int = 5, steps
     sources, targets, thirds = ([pipeline.encode(asset) for asset in side] for side in (sources, targets, thirds))
     common = {"steps": steps, "oc": False}
     aims = thirds if arm == "style" else targets
-    config = MorphConfig.preset("detail", n_frames=n_frames, **common) if arm == "detail_flags" else mode_config(arm, n_frames, **common)
+    config = MorphConfig.preset("detail", n_frames=n_frames, schedule="linear", **common) if arm == "detail_flags" else mode_config(arm, n_frames, **common)
     morphs = pipeline.sequences(sources, aims, config, seed=seed, formats=(), target_details=thirds if arm == "dual" else None)
     plain = MorphConfig.preset("mca", n_frames=2, steps=steps)
     ends = [list(pipeline.morph_batch(sources, aim, plain, seed=seed)) for aim in ([targets, thirds] if arm in ("dual", "style") else [targets])]

@@ -36,7 +36,7 @@ from ..flow.noise import lerp, slerp
 def schedule_alphas(schedule: str | Sequence[float], n_frames: int) -> list[float]:
     """Weights of the target, one a frame.
 
-    schedule: "linear", "smoothstep" (3u² − 2u³), "beta(a,b)" (distribution function of the beta distribution, a, b > 0), or as many numbers in [0, 1] as frames. n_frames >= 2, u = n / (n_frames − 1).
+    schedule: "linear", "smoothstep" (3u² − 2u³), "beta(a,b)" (distribution function of the beta distribution, a, b > 0), "still" (0 throughout), or as many numbers in [0, 1] as frames. n_frames >= 2, u = n / (n_frames − 1).
     Raises ValueError. Source: the paper is linear; the others are our choice.
     """
     if n_frames < 2:
@@ -49,11 +49,13 @@ def schedule_alphas(schedule: str | Sequence[float], n_frames: int) -> list[floa
         return values
     if schedule == "linear":
         return steps
+    if schedule == "still":
+        return [0.0] * n_frames
     if schedule == "smoothstep":
         return [3 * step**2 - 2 * step**3 for step in steps]
     found = re.fullmatch(r"beta\(([\d.]+),\s*([\d.]+)\)", schedule)
     if not found or min(float(found[1]), float(found[2])) <= 0:
-        raise ValueError(f"schedule: expected 'linear', 'smoothstep', 'beta(a,b)' with a, b > 0, or a list of numbers, got {schedule!r}")
+        raise ValueError(f"schedule: expected 'linear', 'smoothstep', 'beta(a,b)' with a, b > 0, 'still', or a list of numbers, got {schedule!r}")
     from scipy.stats import beta
 
     return [float(value) for value in beta.cdf(steps, float(found[1]), float(found[2]))]
@@ -182,9 +184,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kv_ca": {"ss_ca": "kv", "slat_ca": "kv", "ss_sa": "none", "slat_sa": "none", "oc": False},
     "kv_sa": {"ss_ca": "none", "slat_ca": "none", "ss_sa": "kv", "slat_sa": "kv", "oc": False},
     "kv_both": {"ss_ca": "kv", "slat_ca": "kv", "ss_sa": "kv", "slat_sa": "kv", "oc": False},
-    "structure": {"slat_ca": "none", "slat_sa": "none"},
-    "detail": {"ss_ca": "none", "ss_sa": "none", "oc": False},
-    "style": {"ss_ca": "none", "ss_sa": "none", "oc": False},
+    "structure": {"slat_ca": "none", "slat_sa": "none", "slat_schedule": "still"},
+    "detail": {"ss_ca": "none", "ss_sa": "none", "oc": False, "schedule": "still", "slat_schedule": "linear"},
+    "style": {"ss_ca": "none", "ss_sa": "none", "oc": False, "schedule": "still", "slat_schedule": "linear"},
     "dual": {},
 }
 """Named configurations: what differs from the defaults."""
