@@ -266,7 +266,7 @@ class FusionState:
 
     stage, step, sigma: of the sampler. branch: "cond" or "uncond", the call of the guidance. contexts: conditions [B, L_y, C], first that of the source. weights: one a context, >= 0,
     sum 1. beta: weight of the frame before, [0, 1]. cache: of that frame. recorded: caches of the endpoints' own runs, one a context, for keys of self-attention that are mixed.
-    everywhere: fuse in the unconditional branch too.
+    everywhere: self-attention is fused in the unconditional branch too, with keys of its own; cross-attention never is, since there all conditions are the empty one. frame: for error messages.
     """
 
     stage: str = ""
@@ -279,12 +279,16 @@ class FusionState:
     cache: StepKV | None = None
     recorded: list[StepKV] = field(default_factory=list)
     everywhere: bool = False
+    frame: int | None = None
     _known: dict = field(default_factory=dict, repr=False)
 
-    @property
-    def active(self) -> bool:
-        """Whether this call is one that processors change."""
-        return self.everywhere or self.branch == "cond"
+    def active(self, kind: str) -> bool:
+        """Whether attentions of a kind, "self" or "cross", are changed in this call."""
+        return self.branch == "cond" or (self.everywhere and kind == "self")
+
+    def place(self, call: AttentionCall) -> tuple[str, int, str]:
+        """Where a call's keys are kept; both branches have their own."""
+        return self.stage, self.step, call.name if self.branch == "cond" else f"{call.name} without condition"
 
     def keys(self, call: AttentionCall, number: int) -> KeyValues:
         """Keys and values of context `number`, computed once: they depend neither on the step nor on the frame."""
@@ -356,7 +360,7 @@ class MultiConditionProcessor:
 
     def __call__(self, call: AttentionCall) -> Any:
         state = self.state
-        if call.kind == "self" or not state.active:
+        if call.kind == "self" or not state.active("cross"):
             return call.plain()
         weights = check_weights(state.weights, len(state.contexts))
         chosen = [number for number, weight in enumerate(weights) if weight != 0]
@@ -383,7 +387,7 @@ class KeyValueFusedProcessor:
 
     def __call__(self, call: AttentionCall) -> Any:
         state = self.state
-        if call.kind not in self.kinds or not state.active:
+        if call.kind not in self.kinds or not state.active(call.kind):
             return call.plain()
         weights = check_weights(state.weights, len(state.contexts))
         if call.kind == "cross":
@@ -395,7 +399,7 @@ class KeyValueFusedProcessor:
         q, own = call.project()
         sets = []
         for number, store in enumerate(state.recorded):
-            entry = store.get(state.stage, state.step, call.name, like=own.keys)
+            entry = store.get(*state.place(call), like=own.keys)
             index = None if self.nearest is None else self.nearest(state.stage, number, call)
             keys, values = (entry.keys, entry.values) if index is None else (entry.keys[..., index, :, :], entry.values[..., index, :, :])
             sets.append(own._replace(keys=keys, values=values))
@@ -417,16 +421,16 @@ class TemporalFusedProcessor:
     def __call__(self, call: AttentionCall) -> Any:
         state = self.state
         elsewhere = not self.sigmas[0] <= state.sigma <= self.sigmas[1] or (self.blocks is not None and call.name not in self.blocks)
-        if call.kind == "cross" or not state.active or state.beta == 0 or elsewhere:
+        if call.kind == "cross" or not state.active("self") or state.beta == 0 or elsewhere:
             return call.plain()
         if torch.is_grad_enabled():
             raise RuntimeError("keys and values of frames are kept while sampling only: use torch.no_grad()")
         q, own = call.project()
-        before = state.cache.get(state.stage, state.step, call.name, like=own.keys)
+        before = state.cache.get(*state.place(call), like=own.keys)
         if before is None:
             out = call.plain()
         else:
             earlier = KeyValues(before.keys, before.values, before.positions, before.cu_seqlens)
             out = call.attend(q, [own, earlier], [1 - state.beta, state.beta])
-        state.cache.put(state.stage, state.step, call.name, own.keys, own.values, own.positions, own.cu_seqlens)
+        state.cache.put(*state.place(call), own.keys, own.values, own.positions, own.cu_seqlens)
         return out

@@ -26,8 +26,11 @@ PLACES = ("auto", "same", "cpu", "pinned", "disk")
 _LARGEST_FP8 = 448.0
 
 
-class CacheMissError(LookupError):
+class CacheMissError(KeyError):
     """A place has no entry of the frame before: another number of steps, other blocks, or a frame was left out."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 @dataclass

@@ -28,6 +28,7 @@ from papers10.flow.attention import (
     MultiConditionProcessor,
     TemporalFusedProcessor,
     attention_modules,
+    check_weights,
     install,
 )
 from ..flow.noise import lerp, slerp
@@ -53,7 +54,7 @@ def schedule_alphas(schedule: str | Sequence[float], n_frames: int) -> list[floa
         return [0.0] * n_frames
     if schedule == "smoothstep":
         return [3 * step**2 - 2 * step**3 for step in steps]
-    found = re.fullmatch(r"beta\(([\d.]+),\s*([\d.]+)\)", schedule)
+    found = re.fullmatch(r"beta\((\d+\.?\d*|\.\d+),\s*(\d+\.?\d*|\.\d+)\)", schedule)
     if not found or min(float(found[1]), float(found[2])) <= 0:
         raise ValueError(f"schedule: expected 'linear', 'smoothstep', 'beta(a,b)' with a, b > 0, 'still', or a list of numbers, got {schedule!r}")
     from scipy.stats import beta
@@ -70,7 +71,7 @@ class MorphConfig(Config):
 
     n_frames: with both endpoints, >= 2. beta: weight of the frame before, [0, 1]. schedule, slat_schedule: of alpha, see `schedule_alphas`; the second is for the structured-latent stages, None for the same.
     ss_ca, slat_ca: cross-attention of the two kinds of stages: "mca", "kv" (mixed keys and values), "context" (one attention to a condition interpolated by context_interp), "none" (the source's
-        condition alone), "aid_inner_fused", "aid_outer_fused". context_interp: "lerp", which equals "kv" exactly, or "slerp", each token on the sphere.
+        condition alone), "aid_outer_fused", and "aid_inner_fused", which is "kv" exactly (keys that stand there twice change no softmax) and is there for its name. context_interp: "lerp", which equals "kv" exactly, or "slerp", each token on the sphere.
     ss_sa, slat_sa: self-attention: "tfsa", "kv" (mixed with those of the endpoints' own runs) or "none". tfsa_steps: noise levels (low, high) where "tfsa" works; tfsa_blocks: names of attentions, None for all.
     oc: orientation correction after the structure stage; oc_angles in degrees, the first is 0; oc_margin in [0, 1): rotate only for a cost below (1 − margin) of the present one; oc_criterion: "chamfer" or "iou".
     noise_mode: "shared" (one noise), "slerp" or "lerp" between the endpoints' noises; slerp_per_token: the angle of each token instead of one. slat_noise: "field" (noise belongs to places), "sequence" (to
@@ -159,7 +160,7 @@ class MorphConfig(Config):
 
     @classmethod
     def from_official(cls, morphing_params: Mapping[str, Any]) -> "MorphConfig":
-        """The parameters of the official script: its weights are of the source and of the present frame, ours of the target and of the frame before; flags that are missing are off. Raises ValueError for a key that it has not."""
+        """The parameters of the official script: its weights are of the source and of the present frame, ours of the target and of the frame before; flags that are missing are off. Paths, `morphing_idx` and `alpha` belong to one frame of the script and say nothing about the morph; `dual_tar_img` becomes `target_detail` of `MorphPipeline.morph`. Raises ValueError for a key that it has not."""
         known = {"morphing_num", "morphing_idx", "alpha", "tfsa_alpha", "init_morphing_flag", "ss_mca_flag", "slat_mca_flag", "ss_tfsa_flag", "slat_tfsa_flag", "oc_flag",
                  "save_cache_path", "load_cache_path", "src_load_cache_path", "tar_load_cache_path", "dual_tar_img"}  # fmt: skip
         for key in morphing_params:
@@ -194,7 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # %% ../../nbs/06_morphany3d/05_cross_attention.ipynb #43a065a3
 @dataclass
 class MorphState(FusionState):
-    """`FusionState` of a morph. alpha: weight of the target in the present frame and stage; setting it sets the weights of two contexts. With more contexts `weights` are set directly."""
+    """`FusionState` of a morph. alpha: weight of the target in the present frame and stage, as `blend` has set it; with more than two contexts 1 minus the first weight."""
 
     alpha: float = 0.0
     nearest: Callable[[str, int, AttentionCall], Tensor] | None = field(default=None, repr=False)
@@ -202,12 +203,13 @@ class MorphState(FusionState):
     def blend(self, alpha: float | Sequence[float], contexts: Sequence[Tensor]) -> None:
         """Contexts and their weights: alpha of the target for two, else one weight a context, sum 1."""
         self.contexts = list(contexts)
-        if isinstance(alpha, (int, float)):
+        if not isinstance(alpha, Sequence):
+            alpha = float(alpha)
             if len(contexts) != 2 or not 0 <= alpha <= 1:
                 raise ValueError(f"alpha: expected a number in [0, 1] for two contexts, or one weight for each of {len(contexts)}, got {alpha!r}")
-            self.alpha, self.weights = float(alpha), (1 - float(alpha), float(alpha))
+            self.alpha, self.weights = alpha, (1 - alpha, alpha)
         else:
-            self.weights = tuple(float(weight) for weight in alpha)
+            self.weights = check_weights(alpha, len(contexts))
             self.alpha = 1 - self.weights[0]
 
 
@@ -232,19 +234,22 @@ class _ContextProcessor:
 
     def __init__(self, state: MorphState, how: str):
         self.state, self.how = state, how
-        self._made: tuple[tuple, Tensor] | None = None
+        self._made: tuple[list[Tensor], tuple[float, ...], Tensor] | None = None
 
     def __call__(self, call: AttentionCall) -> Any:
         state = self.state
-        if call.kind == "self" or not state.active:
+        if call.kind == "self" or not state.active("cross"):
             return call.plain()
-        chosen = [context for context, weight in zip(state.contexts, state.weights) if weight]
+        weights = check_weights(state.weights, len(state.contexts))
+        chosen = [(context, weight) for context, weight in zip(state.contexts, weights) if weight]
+        contexts, shares = [context for context, _ in chosen], tuple(weight for _, weight in chosen)
         if len(chosen) == 1:
-            return call.plain(chosen[0])
-        place = (*map(id, state.contexts), state.weights)
-        if self._made is None or self._made[0] != place:
-            self._made = place, interpolated_context(state.contexts, state.weights, self.how)
-        return call.plain(self._made[1])
+            return call.plain(contexts[0])
+        # The tensors are kept and compared themselves: a number that stands for one may stand for another later.
+        made = self._made
+        if made is None or made[1] != shares or len(made[0]) != len(contexts) or any(one is not two for one, two in zip(made[0], contexts)):
+            made = self._made = contexts, shares, interpolated_context(contexts, shares, self.how)
+        return call.plain(made[2])
 
 
 class _Recorder:
@@ -255,9 +260,9 @@ class _Recorder:
 
     def __call__(self, call: AttentionCall) -> Any:
         state = self.state
-        if call.kind == "self" and state.active and state.cache is not None:
+        if call.kind == "self" and state.active("self") and state.cache is not None:
             _, own = call.project()
-            state.cache.put(state.stage, state.step, call.name, own.keys, own.values, own.positions, own.cu_seqlens)
+            state.cache.put(*state.place(call), own.keys, own.values, own.positions, own.cu_seqlens)
         return call.plain()
 
 

@@ -29,7 +29,7 @@ from ..core.optional import have, need
 from ..flow.attention import attention_modules
 from ..flow.guidance import Guidance
 from .morphing import MorphConfig, MorphState
-from .pipeline import NonFiniteError
+from .pipeline import non_finite
 from ..splat.gaussians import Gaussians
 from ..splat.meshes import Mesh
 
@@ -103,7 +103,7 @@ class _Watched:
         out = self._model(x, times, condition, *args, **options)
         values = getattr(out, "feats", out)
         if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(self._state.stage, self._state.step, None)
+            raise non_finite(self._state)
         return out
 
 

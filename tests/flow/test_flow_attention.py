@@ -93,8 +93,29 @@ def test_the_unconditional_branch_is_left_alone():
     plain = network(X, TIME, context=SOURCE)
     assert torch.equal(blended(network, [SOURCE, TARGET], (0.5, 0.5), branch="uncond"), plain)
     state = FusionState(contexts=[SOURCE, TARGET], weights=(0.5, 0.5), branch="uncond", everywhere=True)
-    with install(network, MultiConditionProcessor(state)):
-        assert not torch.equal(network(X, TIME, context=SOURCE), plain)
+    with install(network, MultiConditionProcessor(state)):  # there all conditions are the empty one
+        assert torch.equal(network(X, TIME, context=SOURCE), plain)
+
+
+@torch.no_grad()
+def test_each_branch_remembers_its_own():
+    network = block()
+    state = FusionState(beta=0.4, cache=StepKV(), everywhere=True)
+    with install(network, {"self": TemporalFusedProcessor(state)}):
+        for frame in range(2):
+            answers = {}
+            for branch, context in (("cond", SOURCE), ("uncond", torch.zeros_like(SOURCE))):
+                state.branch = branch
+                answers[branch] = network(X + frame, TIME, context=context)
+            state.cache.advance()
+    assert len(state.cache) == 2
+    for branch, context in (("cond", SOURCE), ("uncond", torch.zeros_like(SOURCE))):
+        alone = FusionState(beta=0.4, cache=StepKV())
+        with install(network, {"self": TemporalFusedProcessor(alone)}):
+            for frame in range(2):
+                wanted = network(X + frame, TIME, context=context)
+                alone.cache.advance()
+        assert torch.equal(answers[branch], wanted)
 
 
 def test_values_computed_by_hand():

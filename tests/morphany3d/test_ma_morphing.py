@@ -158,3 +158,14 @@ def test_conditions_on_the_sphere_keep_their_length():
     torch.testing.assert_close(between.norm(dim=-1), torch.ones(1, 5, dtype=torch.float64), rtol=0, atol=1e-12)
     zero = interpolated_context([torch.zeros_like(first), second], (0.5, 0.5), "slerp")
     torch.testing.assert_close(zero, 0.5 * second, rtol=0, atol=1e-12)
+
+
+def test_replaced_conditions_are_seen(model):
+    noise, state = draw(6, 1, *model.ss_vae.latent_shape), MorphState()
+    with torch.no_grad(), install_morph({"ss": model.ss_flow}, MorphConfig.preset("direct"), state):
+        answers = []
+        for seed in range(6):
+            state.blend(0.5, [draw(10 + seed, 1, 4, 64), draw(20 + seed, 1, 4, 64)])
+            answers.append(model.ss_flow(noise, 0.5, state.contexts[0]))
+    assert all(not torch.equal(*pair) for pair in pairwise(answers))
+

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from papers10.core.checks import NonFiniteError
 from papers10.morphany3d.morphing import MorphConfig
 from papers10.morphany3d.orientation import EmptyStructureError
-from papers10.morphany3d.pipeline import Backbone, Endpoint, MorphPipeline, NonFiniteError, TinyAdapter
+from papers10.morphany3d.pipeline import Backbone, Endpoint, MorphPipeline, TinyAdapter
 from papers10.morphany3d.shapes import Shape
 
 SOURCE, TARGET, OTHER = Shape.random("dog", 3), Shape.random("car", 4), Shape.random("chair", 5)
@@ -182,7 +183,7 @@ def test_numbers_that_are_none_are_named(pipeline):
     adapter = TinyAdapter(steps=2)
     weight = adapter.model.slat_flow.blocks[0].mlp[0].weight
     weight.data[:] = float("nan")
-    with pytest.raises(NonFiniteError, match="'slat'.*step 0"):
+    with pytest.raises(NonFiniteError, match="'slat'.*step 0.*frame 0"):
         run(MorphPipeline(adapter))
 
 
@@ -203,3 +204,43 @@ def test_objects_in_every_format(pipeline):
     assert set(frame.outputs) == {"mesh", "gaussian", "radiance"} and frame.mesh is frame.outputs["mesh"]
     assert len(frame.mesh.faces) > 20 and len(frame.gaussians) == len(frame.coords)
     assert {"ss", "slat", "decode", "mesh"} <= set(frame.seconds)
+
+
+def test_the_networks_are_free_between_frames(pipeline):
+    whole = run(pipeline)
+    network, condition = pipeline.backbone.model.ss_flow, pipeline.encode(OTHER).condition[None]
+    noise = torch.randn(1, *pipeline.backbone.noise_shape("ss"), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(noise, 0.5, condition)
+        made = []
+        for frame, other in zip(pipeline.morph(SOURCE, TARGET, MorphConfig(n_frames=4), formats=()), pipeline.morph(TARGET, OTHER, MorphConfig(n_frames=4), formats=())):
+            made.append(frame)
+            assert torch.equal(network(noise, 0.5, condition), before) and other.index == frame.index
+    assert all(same(*pair) for pair in zip(whole, made))
+
+
+def test_both_branches_may_remember(pipeline):
+    frames = run(pipeline, changes={"apply_to_uncond": True})
+    assert not same(frames[1], run(pipeline)[1]) and same(frames[0], run(pipeline)[0])
+
+
+def test_frames_of_another_sampler_are_refused(pipeline, tmp_path):
+    next(pipeline.morph(SOURCE, TARGET, MorphConfig(n_frames=4), formats=(), resume_dir=tmp_path))
+    with pytest.raises(ValueError, match="another generator"):
+        MorphPipeline(TinyAdapter(steps=5)).morph(SOURCE, TARGET, MorphConfig(n_frames=4), resume_dir=tmp_path)
+
+
+def test_files_of_keys_go_with_the_morph(pipeline, tmp_path):
+    run(pipeline, changes={"cache_device": "disk", "cache_folder": str(tmp_path)})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_arguments_are_checked_before_the_first_frame(pipeline):
+    with pytest.raises(ValueError, match="formats"):
+        pipeline.morph(SOURCE, TARGET, MorphConfig(n_frames=2), formats=("msh",))
+
+
+def test_mixed_keys_with_one_noise_end_at_the_target(pipeline):
+    frames = run(pipeline, "kv_both", frames=3, changes={"noise_mode": "shared"})
+    plain = run(pipeline, "mca", frames=2, changes={"noise_mode": "shared"})
+    torch.testing.assert_close(frames[-1].logits, plain[-1].logits, rtol=0, atol=1e-4)  # float32 sums in another order
