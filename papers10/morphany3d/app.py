@@ -12,6 +12,7 @@ __all__ = ['ACTIONS', 'program', 'Source', 'Target', 'Out', 'Formats', 'Frames',
 # %% ../../nbs/06_morphany3d/17_command_line.ipynb #8c328e3d
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
@@ -112,8 +113,11 @@ def _pipeline(backbone: str, device: str) -> Any:
     return MorphPipeline.from_pretrained(backbone, device=chosen)
 
 
-def _end(pipeline: Any, name: str, text: str, background: str, inversion: str) -> Any:
-    """The endpoint that a word on the command line means."""
+_LARGE_ERROR = 0.1  # of an inversion, in a latent whose numbers are of the size of 1
+
+
+def _end(pipeline: Any, name: str, text: str, background: str, inversion: str, sampling: Any, seed: int) -> Any:
+    """The endpoint that a word on the command line means. sampling: configuration with the steps and guidance that the morph will sample with; a mesh is inverted with the same."""
     from dataclasses import replace
 
     asset = _asset(pipeline, name, text, background)
@@ -122,7 +126,11 @@ def _end(pipeline: Any, name: str, text: str, background: str, inversion: str) -
             from papers10.core.checks import check_choice
             from papers10.morphany3d.meshes import INVERSIONS, encode_mesh
 
-            return encode_mesh(pipeline.backbone, asset.place, inversion=check_choice("--inversion", inversion, INVERSIONS))
+            check_choice("--inversion", inversion, INVERSIONS)
+            end = encode_mesh(pipeline.backbone, asset.place, inversion=inversion, steps=sampling.steps, cfg_strength=sampling.cfg_strength, seed=seed)
+            if end.error is not None and not end.error <= _LARGE_ERROR:
+                say(f"{name}: the inversion of {text} is off by {end.error:.2g}, so that its end may look different; more --steps, or a smaller --cfg, bring it nearer")
+            return end
         asset = asset.place
     label = {"strip": Path(text.partition(":")[2]).stem}.get(text.partition(":")[0]) or (text.replace(":", " ") if not Path(text).suffix else Path(text).stem)
     return replace(pipeline.encode(asset), name=label)
@@ -218,9 +226,9 @@ def _write(wanted: _Wanted, morph: Any, *, fps: float, views: Any, size: int, wh
     for frame in morph.frames:
         for part, seconds in frame.seconds.items():
             spent[part] = spent.get(part, 0.0) + seconds
-    turned = [frame.index + 1 for frame in morph.frames if frame.turns]
+    turned = [now.index + 1 for before, now in pairwise(morph.frames) if now.turns != before.turns]
     print(f"{', '.join(str(path) for path in files)}: {said}, {len(morph)} frames; " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in spent.items())
-          + (f"; turned in {', '.join(map(str, turned))}" if turned else ""))
+          + (f"; the correction turns from frame {', '.join(map(str, turned))} on" if turned else ""))
 
 
 def _told(frames: int) -> Any:
@@ -234,7 +242,7 @@ def _morph(source: str, target: str, out: Path, *, mode: str | None, preset: str
         wanted, seen = _wanted(out, formats, fps, what, views)
         config = _config(preset, frames, mode=mode, steps=steps, cfg_strength=cfg, beta=beta, schedule=schedule, oc=oc, cache_device=cache)
         pipeline = _pipeline(backbone, device)
-        ends = [_end(pipeline, name, text, background, inversion) for name, text in (("SOURCE", source), ("TARGET", target), ("DETAIL", detail)) if text is not None]
+        ends = [_end(pipeline, name, text, background, inversion, config, seed) for name, text in (("SOURCE", source), ("TARGET", target), ("DETAIL", detail)) if text is not None]
     extra = {"target_detail": ends[2]} if detail is not None else {}
     morph = _sampled(lambda: pipeline.sequence(*ends[:2], config, seed=seed, formats=(), resume_dir=resume, callback=_told(frames), **extra))
     _write(wanted, morph, fps=fps, views=seen, size=size, what=what, said=f"{mode or preset}, {' to '.join(end.name for end in ends[:2])}" + (f" with the details of {ends[2].name}" if extra else ""))
@@ -291,7 +299,8 @@ def compare_command(source: Source, target: Target, out: Annotated[Path, typer.O
         if not names or len(set(names)) < len(names) or "dual" in names:
             raise ValueError(f"--presets: expected different names, without dual, which has two targets, got {presets!r}")
         pipeline = _pipeline(backbone, device)
-        ends = [_end(pipeline, name, text, background, inversion) for name, text in (("SOURCE", source), ("TARGET", target))]
+        sampling = _config("mca", frames, steps=steps, cfg_strength=cfg)
+        ends = [_end(pipeline, name, text, background, inversion, sampling, seed) for name, text in (("SOURCE", source), ("TARGET", target))]
         pictures = [asset.image() if hasattr(asset, "image") else asset for asset in (_asset(pipeline, name, text, background) for name, text in (("SOURCE", source), ("TARGET", target)))] if "lift2d" in names else []
         if not all(isinstance(picture, torch.Tensor) for picture in pictures):
             raise ValueError("--presets: lift2d needs pictures at both ends, got a word or a mesh")
@@ -299,7 +308,7 @@ def compare_command(source: Source, target: Target, out: Annotated[Path, typer.O
     for name in names:
         say(f"{name}: {frames} frames")
         if name in BASELINES:
-            morph = _sampled(lambda name=name: baseline_sequence(pipeline, *(pictures if name == "lift2d" else ends), name, n_frames=frames, seed=seed))
+            morph = _sampled(lambda name=name: baseline_sequence(pipeline, *(pictures if name == "lift2d" else ends), name, n_frames=frames, seed=seed, sampling=sampling))
         else:
             morph = _sampled(lambda name=name: pipeline.sequence(*ends, _config(name, frames, steps=steps, cfg_strength=cfg, endpoints="generate"), seed=seed, formats=()))
         shown = "gaussian" if name == "linear_match" else what
@@ -324,10 +333,12 @@ def compare_command(source: Source, target: Target, out: Annotated[Path, typer.O
 
 
 def _numbers(morph: Any) -> dict[str, float]:
-    """What a comparison says about a morph: path length and variance, loose parts, doubt of the classifier, turned frames; all by the extractor "tiny-cnn"."""
+    """What a comparison says about a morph: path length and variance, loose parts, doubt of the classifier, and in how many steps the turn of orientation correction changes; all by the extractor "tiny-cnn"."""
+    from papers10.morphany3d.metrics import turn_changes
+
     found = morph.metrics()
     names = {"ppl_sum": "ppl_sum", "pdv": "pdv", "floaters": "floater_fraction", "entropy": "classifier_entropy"}
-    return {name: float(found[key]) for name, key in names.items() if key in found} | {"turned": sum(bool(turn) for turn in morph.turns)}
+    return {name: float(found[key]) for name, key in names.items() if key in found} | {"turned": turn_changes(morph.turns)}
 
 # %% ../../nbs/06_morphany3d/17_command_line.ipynb #9b4aea7c
 @program.command("train", help=ACTIONS["train"])

@@ -357,14 +357,14 @@ def lift2d(pipeline: Any, source: Float[Tensor, "H W 4"], target: Float[Tensor, 
     return [replace(frame, index=index, alpha=float(alpha), slat_alpha=float(alpha)) for index, (frame, alpha) in enumerate(zip(frames, alphas))]
 
 
-def baseline_sequence(pipeline: Any, source: Any, target: Any, method: str, *, n_frames: int = 16, seed: int = 0, **options: Any) -> Any:
+def baseline_sequence(pipeline: Any, source: Any, target: Any, method: str, *, n_frames: int = 16, seed: int = 0, sampling: Any = None, **options: Any) -> Any:
     """A baseline as a `MorphSequence`, from the same ends as `pipeline.sequence`.
 
     Args:
         pipeline: a `MorphPipeline`.
         source, target: what it encodes; "lift2d" needs RGBA pictures [H, W, 4], or shapes with `.image()`.
         method: "slat_interp", "linear_match" or "lift2d".
-        n_frames: with both ends. seed: of the noise of the ends. options: of `slat_interp_frames`, `linear_match_frames` or `lift2d`.
+        n_frames: with both ends. seed: of the noise of the ends. sampling: `MorphConfig` whose steps and guidance the ends are generated with (not of "lift2d"); the backbone's when not given. options: of `slat_interp_frames`, `linear_match_frames` or `lift2d`.
 
     The ends are plain generations, with noises of their own for "slat_interp" and "linear_match", with one noise for "lift2d".
     """
@@ -380,6 +380,7 @@ def baseline_sequence(pipeline: Any, source: Any, target: Any, method: str, *, n
                 raise TypeError(f"{name}: expected an RGBA picture [H, W, 4] or a shape with image() for lift2d, got {type(picture).__name__}")
         frames = lift2d(pipeline, *pictures, alphas, seed=seed, **options)
     else:
-        first, last = pipeline.morph(*ends, MorphConfig.preset("mca", n_frames=2), seed=seed, formats=())
+        given = {} if sampling is None else {name: getattr(sampling, name) for name in ("steps", "slat_steps", "cfg_strength", "cfg_interval", "rescale_t")}
+        first, last = pipeline.morph(*ends, MorphConfig.preset("mca", n_frames=2, **given), seed=seed, formats=())
         frames = {"slat_interp": slat_interp_frames, "linear_match": linear_match_frames}[method](first, last, alphas, **options)
     return MorphSequence(frames, *ends, MorphConfig.preset("mca", n_frames=n_frames), seed)

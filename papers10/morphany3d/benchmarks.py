@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_range
 from ..core.random import seeded
 from ..flow.blocks import Attention
-from ..flow.cache import StepKV
+from ..flow.cache import StepKV, turned_places
 from ..flow.guidance import Guidance
 from ..flow.schedule import sigma_grid
 from ..kernels.attention import multi_attention
@@ -223,19 +223,12 @@ def _kept_spec() -> KernelSpec:
         limit=lambda case, hardware: _kept_bytes(case) / hardware.bytes_per_s, make_inputs=_kept_inputs, bench_cases=[case(75, 64, 96, 4), case(6, 1024, 1024, 16)],
         cost=lambda case: case["places"] * case["tokens"] * case["width"], bytes_moved=_kept_bytes)
 
-# %% ../../nbs/06_morphany3d/18_cost.ipynb #5a5de746
-def _turned(coords: Tensor, turns: int, resolution: int) -> Tensor:
-    x, y, z = coords[:, 1:].long().unbind(-1)
-    for _ in range(turns):
-        x, y = resolution - 1 - y, x
-    return torch.stack([x, y, z], -1)
-
-
+# %% ../../nbs/06_morphany3d/18_cost.ipynb #e0ff5b82
 def _pairs_of_turns(coords: Tensor, previous: Tensor, resolution: int, chunk: int) -> Tensor:
     unit = lambda places: places.double() / (resolution - 1) - 0.5
     fixed, costs = unit(previous[:, 1:]), []
     for turns in range(4):
-        moved = unit(_turned(coords, turns, resolution))
+        moved = unit(turned_places(coords[:, 1:].long(), turns, resolution))
         nearest = lambda a, b: torch.cat([torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for part in a.split(chunk)]).square().mean()
         costs.append(nearest(moved, fixed) + nearest(fixed, moved))
     return torch.stack(costs)

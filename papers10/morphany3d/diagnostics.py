@@ -13,6 +13,7 @@ import math
 from contextlib import ExitStack
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import getclosurevars
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from ..core.checks import check_choice, check_finite, check_range, check_shape
 from ..core.plots import COLORS
 from ..core.random import numpy_generator, stream_seed
-from ..flow.attention import AttentionCall, attention_kind, attention_modules
-from ..flow.perceptual import Extractor, check_images, extractor
+from ..flow.attention import AttentionCall, FusionState, attention_kind, attention_modules
+from ..flow.perceptual import Extractor, check_images, extractor as find_extractor
 from .metrics import MorphScores
 from .morphing import MorphConfig
 from .pipeline import MorphPipeline
@@ -39,7 +40,8 @@ class AttentionProbe:
     """Keeps the inputs of a network's cross-attentions while it samples; a context manager.
 
     model: any network with attentions. steps: of the sampler, counted from 0, None: all. blocks: names of attentions, None: all cross-attentions.
-    Afterwards `inputs[(block, step)]` is x, [N, C] of the first sample. Works with and without processors. Raises ValueError for a network without cross-attention or a block that it has not.
+    Afterwards `inputs[(block, step)]` is x, [N, C] of the first sample, and `coords[(block, step)]` the cells [N, 3] of its tokens, where they are a sparse tensor. Calls without a condition are left out: where processors are
+    installed, their state says which calls those are and what step it is; else they are those whose condition is all zeros. Raises ValueError for a network without cross-attention or a block that it has not.
     """
 
     def __init__(self, model: nn.Module, *, steps: Sequence[int] | None = None, blocks: Sequence[str] | None = None):
@@ -51,6 +53,7 @@ class AttentionProbe:
         self.modules = {name: module for name, module in found.items() if blocks is None or name in blocks}
         self.steps = None if steps is None else set(steps)
         self.inputs: dict[tuple[str, int], Tensor] = {}
+        self.coords: dict[tuple[str, int], Tensor] = {}
         self._calls = dict.fromkeys(self.modules, 0)
         self._hooks: list[Any] = []
 
@@ -66,25 +69,34 @@ class AttentionProbe:
 
     def _listen(self, name: str, args: tuple, options: Mapping[str, Any]) -> None:
         x, context = args[0], args[1] if len(args) > 1 else options.get("context")
-        if context is None or not bool(context.any()):
+        state = _state_of(self.modules[name])
+        if context is None or (state.branch == "uncond" if state is not None else not bool(context.any())):
             return
-        step = self._calls[name]
+        step = self._calls[name] if state is None else state.step
         self._calls[name] += 1
         if self.steps is not None and step not in self.steps:
             return
         if hasattr(x, "feats"):
+            self.coords[name, step] = x.coords[x.layout[0], 1:].detach().clone()
             x = x.feats[x.layout[0]]
         else:
             ends = options.get("cu_seqlens")
             x = x[0] if ends is None else x[0, int(ends[0]) : int(ends[1])]
         self.inputs[name, step] = x.detach().clone()
 
+
+def _state_of(module: nn.Module) -> FusionState | None:
+    """The state of the processor that is installed on an attention, if there is one."""
+    forward = module.__dict__.get("forward")
+    processor = None if forward is None else getclosurevars(forward).nonlocals.get("processor")
+    return getattr(processor, "state", None)
+
 # %% ../../nbs/06_morphany3d/13_diagnostics.ipynb #f9771b64
 @dataclass(frozen=True)
 class AttentionMaps:
     """Attention of tokens to the tokens of two conditions.
 
-    Fields: source [H, T, L_src], target [H, T, L_tgt], fused [H, T, L] (None for conditions of unequal length), rows sum to 1; places [T, 3] voxels of the tokens (of a structure's cell: its middle); alpha; stage; block; step;
+    Fields: source [H, T, L_src], target [H, T, L_tgt], fused [H, T, L] (None for conditions of unequal length), rows sum to 1; places [T, 3] voxels of the tokens (of a cell of several voxels: its middle); alpha; stage; block; step;
     frame, the object that was made.
     """
 
@@ -154,7 +166,7 @@ def _all_maps(pipeline: MorphPipeline, source: Any, target: Any, alpha: float, s
         taken = made[len(made) // 2]
         with torch.no_grad():
             maps = maps_of_inputs(attention_modules(models[stage])[name], probe.inputs[name, taken], [end.condition for end in ends], alpha)
-        found[stage] = AttentionMaps(*maps, _places(pipeline.backbone, stage, frame), float(alpha), stage, name, taken, frame)
+        found[stage] = AttentionMaps(*maps, _places(pipeline.backbone, stage, frame, len(probe.inputs[name, taken]), probe.coords.get((name, taken))), float(alpha), stage, name, taken, frame)
     return found
 
 
@@ -177,14 +189,19 @@ def _normed(module: nn.Module, which: str, tokens: Tensor) -> Tensor:
     return norm(tokens) if hasattr(module, "prepare") else norm(tokens.transpose(1, 2)).transpose(1, 2)
 
 
-def _places(backbone: Any, stage: str, frame: Any) -> Tensor:
-    """Voxels of the tokens of a stage: the middles of the structure's cells, or the frame's voxels."""
-    if stage != "ss":
-        return frame.coords[:, 1:].float()
-    side = backbone.noise_shape("ss")[-1]
-    cell = backbone.resolution / side
-    axis = (torch.arange(side, device=frame.logits.device) + 0.5) * cell - 0.5
-    return torch.cartesian_prod(axis, axis, axis)
+def _places(backbone: Any, stage: str, frame: Any, tokens: int, cells: Tensor | None) -> Tensor:
+    """Voxels of the tokens of a call: the middles of the structure's cells, the frame's voxels, or the middles of the cells [T, 3] into which a network joins them before its attentions."""
+    if stage == "ss":
+        side = round(tokens ** (1 / 3))
+        axis = (torch.arange(side, device=frame.logits.device) + 0.5) * (backbone.resolution / side) - 0.5
+        return torch.cartesian_prod(axis, axis, axis)
+    voxels = frame.coords[:, 1:]
+    if cells is None:
+        return voxels.float()
+    for factor in (1, 2, 4, 8):
+        if torch.equal((voxels // factor).unique(dim=0), cells.to(voxels).unique(dim=0)):
+            return (cells.float() + 0.5) * factor - 0.5
+    raise ValueError(f"stage: expected tokens that are voxels or cells of 2, 4 or 8 voxels a side, got {tokens} others in {stage!r}")
 
 # %% ../../nbs/06_morphany3d/13_diagnostics.ipynb #e7899e73
 def background_patches(image: Float[Tensor, "4 S S"], patches: int = 64) -> Bool[Tensor, "patch"]:
@@ -292,7 +309,7 @@ def feature_path(morphs: Mapping[str, Tensor], extractor: str | Extractor = "tin
     check_choice("method", method, ("pca", "tsne"))
     if not morphs:
         raise ValueError("morphs: expected at least one, got none")
-    measure = _extractor(extractor)
+    measure = find_extractor(extractor)
     features = {}
     for name, value in morphs.items():
         if value.ndim == 5:
@@ -321,9 +338,6 @@ def feature_path(morphs: Mapping[str, Tensor], extractor: str | Extractor = "tin
     largest = {name: float(step.max() / step.mean().clamp(min=1e-300)) for name, step in steps.items()}
     straight = {name: float((value[-1] - value[0]).norm() / steps[name].sum().clamp(min=1e-300)) for name, value in features.items()}
     return FeaturePath(points, largest, straight, explained, measure.name, "PCA" if method == "pca" else "t-SNE")
-
-
-_extractor = extractor
 
 # %% ../../nbs/06_morphany3d/13_diagnostics.ipynb #f2f9868a
 def plot_steps(axis: "Axes", scores: MorphScores, pair: int = 0, *, label: str = "", color: str = COLORS[0], alphas: Sequence[float] | None = None, jumps: Sequence[int] | None = None) -> None:

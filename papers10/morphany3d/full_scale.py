@@ -6,8 +6,8 @@ Docs: https://papers10.github.io/papers10/06_morphany3d/full_scale.html.md"""
 
 # %% auto #0
 __all__ = ['REPORTED_SECONDS', 'Pair', 'procedural_pairs', 'read_pairs', 'open_asset', 'FullScale', 'own_shard', 'own_work',
-           'Stopped', 'pair_folder', 'morph_pair', 'load_pipeline', 'collect', 'morph_pairs', 'StageSize',
-           'stage_sizes', 'cache_bytes', 'requirements', 'check', 'from_parameters', 'run_full_scale']
+           'Stopped', 'pair_folder', 'morph_pair', 'load_pipeline', 'collect', 'run_pairs', 'StageSize', 'stage_sizes',
+           'kept_bytes', 'requirements', 'check', 'from_parameters', 'run_full_scale']
 
 # %% ../../nbs/06_morphany3d/16_full_scale.ipynb #419de961
 import csv
@@ -36,7 +36,8 @@ from ..core.presets import load_yaml
 from ..core.results import write_atomic
 from ..flow.perceptual import extractor, fid_of_features, path_scores, perceptual_distances
 from ..lm.pretraining import FolderLog, check_machine, launch, own_device
-from .metrics import VIEWS, frame_images
+from .benchmarks import cache_bytes
+from .metrics import VIEWS, frame_images, moving_alphas, turn_changes
 from .morphing import PRESETS, MorphConfig
 from .orientation import orientation_jumps
 from .pipeline import FORMATS, MorphFrame, MorphPipeline
@@ -260,8 +261,34 @@ def _write_objects(frame: MorphFrame, formats: Sequence[str], folder: Path) -> N
 
 
 def pair_folder(folder: str | Path, settings: FullScale, method: str, pair: Pair) -> Path:
-    """Where the files of a pair are."""
-    return Path(folder) / f"{method}-{settings.identity(method)}" / pair.name
+    """Where the files of a pair are: name of the pair and eight letters that stand for the texts of its ends, so that a row that was edited gets another folder."""
+    digest = hashlib.sha256(json.dumps([pair.source, pair.target]).encode()).hexdigest()[:8]
+    return Path(folder) / f"{method}-{settings.identity(method)}" / f"{pair.name}-{digest}"
+
+
+def _ends_of(pair: Pair) -> dict[str, dict[str, str | None]]:
+    """The ends of a pair as text, and the hash of what they hold, None where they are no files (or files that are not here)."""
+    found = {}
+    for end in ("source", "target"):
+        text = getattr(pair, end)
+        try:
+            asset = open_asset(text, pair.folder, words=True)
+            if isinstance(asset, str) and "/" in asset:
+                asset = open_asset(text, pair.folder)
+        except (DataMissing, FileNotFoundError, ValueError):
+            asset = None
+        held = hashlib.sha256(asset.read_bytes()).hexdigest() if isinstance(asset, Path) and asset.is_file() else None
+        found[end] = {"text": text, "sha256": held}
+    return found
+
+
+def _changed_end(place: Path, pair: Pair) -> str | None:
+    """The end whose file is another one than that of which the files of a pair were made, if there is one."""
+    file = place / "pair.json"
+    if not file.exists():
+        return None
+    known, now = json.loads(file.read_text()), _ends_of(pair)
+    return next((end for end in known if known[end]["text"] != now[end]["text"] or (now[end]["sha256"] is not None and known[end]["sha256"] != now[end]["sha256"])), None)
 
 
 def morph_pair(pipeline: MorphPipeline, pair: Pair, method: str, settings: FullScale, folder: str | Path, *, until: float | None = None, words: bool = False) -> dict[str, Any]:
@@ -273,9 +300,12 @@ def morph_pair(pipeline: MorphPipeline, pair: Pair, method: str, settings: FullS
     Returns:
         {"pair", "method", "rows" (one a frame), "scores" (measure -> number), "seconds"}.
 
-    Raises: Stopped; ValueError for an end that the generator cannot read; EmptyStructureError, NonFiniteError.
+    Raises: Stopped; ValueError for an end that the generator cannot read, or whose file was changed since its first frames were made; EmptyStructureError, NonFiniteError.
     """
     place = pair_folder(folder, settings, method, pair)
+    changed = _changed_end(place, pair)
+    if changed:
+        raise ValueError(f"pair: the {changed} of {pair.name}, {getattr(pair, changed)}, is another file than the one that {place} was made of; delete that folder, or give the pair another name")
     scores_file = place / f"scores-{settings.scoring()}.json"
     if scores_file.exists():
         return json.loads(scores_file.read_text())
@@ -284,10 +314,13 @@ def morph_pair(pipeline: MorphPipeline, pair: Pair, method: str, settings: FullS
     if settings.cache_device == "disk":
         config = config.replace(cache_folder=str(place / "keys"))
     ends = [pipeline.encode(open_asset(text, pair.folder, words=words)) for text in (pair.source, pair.target)]
+    if not (place / "pair.json").exists():
+        write_atomic(place / "pair.json", json.dumps(_ends_of(pair), indent=1))
     log = place / "timings.jsonl"
     known = {line["frame"]: line for line in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     pictures, rows, coords, started = [], [], [], time.perf_counter()
-    for frame in pipeline.morph(*ends, config, seed=settings.seed, formats=(), resume_dir=place / "frames" if settings.keys_every else None, keys_every=settings.keys_every or 1):
+    frames = pipeline.morph(*ends, config, seed=settings.seed, formats=(), resume_dir=place / "frames" if settings.keys_every else None, keys_every=settings.keys_every or 1)
+    for frame in frames:
         made = time.perf_counter()
         picture = _seen(frame, settings, place / "pictures" / f"frame_{frame.index:03d}.safetensors")
         seen = time.perf_counter()
@@ -302,7 +335,7 @@ def morph_pair(pipeline: MorphPipeline, pair: Pair, method: str, settings: FullS
         else:
             with open(log, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"frame": frame.index, **seconds}) + "\n")
-        row = {"pair": pair.name, "method": method, "backbone": settings.backbone, "seed": settings.seed, "frame": frame.index, "alpha": frame.alpha, "n_voxels": len(frame.coords), "k_star": frame.turns}
+        row = {"pair": pair.name, "method": method, "backbone": settings.backbone, "seed": settings.seed, "frame": frame.index, "alpha": frame.alpha, "slat_alpha": frame.slat_alpha, "n_voxels": len(frame.coords), "k_star": frame.turns}
         row |= {f"cd_{number}": float(cost) for number, cost in enumerate([] if frame.costs is None else frame.costs.tolist())}
         row |= {f"seconds.{name}": value for name, value in seconds.items()} | {"peak_gb": _peak_memory()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -323,7 +356,7 @@ def _scored(settings: FullScale, pair: Pair, method: str, place: Path, scores_fi
     from safetensors.torch import save
 
     by_view = pictures.transpose(0, 1).float() / 255  # [V, N + 1, S, S, 3]
-    alphas, scores = [row["alpha"] for row in rows], {}
+    alphas, scores = moving_alphas([row["alpha"] for row in rows], [row["slat_alpha"] for row in rows]), {}
     if {"ppl", "pdv"} & set(settings.metrics):
         for name in settings.extractors:
             measure = extractor(name)
@@ -335,8 +368,8 @@ def _scored(settings: FullScale, pair: Pair, method: str, place: Path, scores_fi
             wanted = [key for key in found if key not in ("start_error", "end_error") and ("pdv" in settings.metrics or key != "pdv") and ("ppl" in settings.metrics or not key.startswith("ppl"))]
             scores |= {f"{key}.{measure.name}": float(found[key]) for key in wanted}
     if "jumps" in settings.metrics:
-        scores["jumps"] = len(orientation_jumps(coords, resolution))
-        scores["turned"] = sum(bool(row["k_star"]) for row in rows)
+        scores["jumps"] = sum(turn != 0 for turn in orientation_jumps(coords, resolution))
+        scores["turned"] = turn_changes([row["k_star"] for row in rows])
     if "fid" in settings.metrics:
         features = extractor(settings.fid_extractor).pooled(by_view.transpose(0, 1).flatten(0, 1)).cpu()
         grouped = features.unflatten(0, (len(rows), -1))
@@ -354,9 +387,18 @@ def _scored(settings: FullScale, pair: Pair, method: str, place: Path, scores_fi
 def load_pipeline(settings: FullScale, device: str | torch.device | None = None) -> MorphPipeline:
     """The generator of a run, ready to morph. Raises what `trellis.from_pretrained` raises."""
     device = str(own_device(settings) if device is None else device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # its memory is what is counted
     if settings.backbone == "tiny":
         return MorphPipeline.from_tiny(device=device)
     return MorphPipeline(from_pretrained(settings.backbone, device=device, background=settings.background, encoder=settings.encoder))
+
+
+def _work(settings: FullScale) -> str:
+    """Twelve letters that stand for what a run makes: pairs, methods, and how they are scored."""
+    pairs = [[pair.name, _ends_of(pair)] for pair in read_pairs(settings.pairs_file)]
+    wanted = [pairs, [[method, settings.identity(method)] for method in settings.methods], settings.scoring()]
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def collect(settings: FullScale, folder: str | Path) -> dict[str, Any]:
@@ -373,7 +415,7 @@ def collect(settings: FullScale, folder: str | Path) -> dict[str, Any]:
         for pair in pairs:
             place = pair_folder(folder, settings, method, pair)
             file = place / f"scores-{settings.scoring()}.json"
-            if not file.exists():
+            if not file.exists() or _changed_end(place, pair):
                 missing.append(f"{method}/{pair.name}")
                 continue
             found = json.loads(file.read_text())
@@ -401,45 +443,57 @@ def collect(settings: FullScale, folder: str | Path) -> dict[str, Any]:
     return result
 
 
-def morph_pairs(settings: FullScale | Mapping[str, Any], folder: str | Path, pipeline: MorphPipeline | None = None) -> dict[str, Any]:
+def run_pairs(settings: FullScale | Mapping[str, Any], folder: str | Path, pipeline: MorphPipeline | None = None) -> dict[str, Any]:
     """All pairs of this process, then the tables of what every process has finished so far. A second call goes on.
 
     Args:
         settings: or their mapping. folder: of the run. pipeline: a generator that is loaded already.
 
-    Returns: as `collect`; a pair that failed is in "failed" with its error, the others are not touched by it.
+    Returns: as `collect`; a pair that failed, whatever the error, is in "failed" with it, the others are not touched by it.
+
+    Raises: what `load_pipeline` raises, after the tables of what the other processes have finished.
     """
     settings = settings if isinstance(settings, FullScale) else from_mapping(FullScale, dict(settings))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     distributed.connect()
     work = own_work(settings, read_pairs(settings.pairs_file))
-    log, failed = FolderLog(folder, settings), {}
+    log, failed, broken = FolderLog(folder, settings), {}, None
     until = None if settings.max_seconds is None else time.monotonic() + settings.max_seconds
     with torch.no_grad():
         for number, (method, pair) in enumerate(work):
             if not (pair_folder(folder, settings, method, pair) / f"scores-{settings.scoring()}.json").exists() and pipeline is None:
-                pipeline = load_pipeline(settings)
+                try:
+                    pipeline = load_pipeline(settings)
+                except Exception as error:  # raised when no other process waits any more
+                    broken = error
+                    break
             words = bool(getattr(pipeline and pipeline.backbone, "takes_text", False))
             try:
                 done = morph_pair(pipeline, pair, method, settings, folder, until=until, words=words)
             except Stopped as stop:
                 print(stop, flush=True)
                 break
-            except (ArithmeticError, ValueError) as error:
+            except Exception as error:  # whatever it is, the other pairs go on
                 failed[f"{method}/{pair.name}"] = f"{type(error).__name__}: {error}"
                 print(f"{method}/{pair.name}: {failed[f'{method}/{pair.name}']}", flush=True)
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
                 continue
             log.log(number, method, seconds=done["seconds"], **{name.replace(".", "_"): value for name, value in done["scores"].items()})
             print(f"{number + 1}/{len(work)} {method}/{pair.name}: {done['seconds']:.1f} s", flush=True)
     distributed.barrier()
     failed = {name: error for each in distributed.gather_objects(failed) for name, error in each.items()}
-    if distributed.rank() == 0:
-        result = {**collect(settings, folder), "failed": failed}
-        write_atomic(folder / "summary.json", json.dumps(result, indent=1))
-        if not result["missing"] or set(result["missing"]) == set(failed):
-            write_atomic(folder / "result.json", json.dumps(result, indent=1))
-    distributed.barrier()
+    try:
+        if distributed.rank() == 0:
+            result = {**collect(settings, folder), "failed": failed, "work": _work(settings)}
+            write_atomic(folder / "summary.json", json.dumps(result, indent=1))
+            if not result["missing"] or set(result["missing"]) == set(failed):
+                write_atomic(folder / "result.json", json.dumps(result, indent=1))
+    finally:
+        distributed.barrier()  # also when the tables failed: the others must not wait for ever
+    if broken is not None:
+        raise broken
     return json.loads((folder / "summary.json").read_text())
 
 # %% ../../nbs/06_morphany3d/16_full_scale.ipynb #49743862
@@ -479,11 +533,13 @@ def stage_sizes(backbone: str, *, voxels: int = 5000) -> dict[str, StageSize]:
     return found
 
 
-def cache_bytes(settings: FullScale, *, voxels: int = 5000, itemsize: int = 2) -> dict[str, int]:
+def kept_bytes(settings: FullScale, *, voxels: int = 5000, itemsize: int = 2) -> dict[str, int]:
     """Bytes of keys and values of one frame, by stage, for the steps of `settings` (25 where they say none). Raises as `stage_sizes`."""
     narrow = {"float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, None: itemsize}[settings.cache_dtype]
     steps = {"ss": settings.ss_steps or 25}
-    return {stage: 2 * narrow * steps.get(stage, settings.slat_steps or settings.ss_steps or 25) * size.blocks * size.tokens * size.width for stage, size in stage_sizes(settings.backbone, voxels=voxels).items()}
+    later = settings.slat_steps or settings.ss_steps or 25
+    sizes = stage_sizes(settings.backbone, voxels=voxels)
+    return {stage: cache_bytes(size.tokens, width=size.width, blocks=size.blocks, steps=steps.get(stage, later), number_bytes=narrow) for stage, size in sizes.items()}
 
 
 def requirements(settings: FullScale | Mapping[str, Any]) -> str:
@@ -499,7 +555,7 @@ def requirements(settings: FullScale | Mapping[str, Any]) -> str:
         lines.append(f"time: {frames * REPORTED_SECONDS / 3600:.3g} hours of one A6000 at the {REPORTED_SECONDS:.0f} s a frame that the authors report" + (f", {frames * REPORTED_SECONDS / 3600 / settings.devices:.3g} on {settings.devices}" if settings.devices > 1 else ""))
         memory = f"memory: {known.memory} GB of GPU memory by the generator's authors (24 GB reported for morphs)" if known else "memory: what the generator needs"
         try:
-            keys = sum(cache_bytes(settings).values()) / 1e9
+            keys = sum(kept_bytes(settings).values()) / 1e9
         except (ValueError, KeyError):
             lines.append(f"{memory}, keys and values of a frame beside it: not known before its files are there")
         else:
@@ -527,14 +583,14 @@ def check(settings: FullScale) -> None:
     own_shard(settings)
     for method in settings.methods:
         settings.morph(method)
+    words = False
     if settings.backbone == "tiny":
         from papers10.morphany3d.backbone import shipped
 
         if not shipped().is_file():
             raise FileNotFoundError(f"backbone: expected the weights of the small generator at {shipped()}")
     else:
-        check_release(settings.backbone, device=settings.device)
-    words = "text" in settings.backbone
+        words = "Text" in check_release(settings.backbone, device=settings.device)[1]
     for pair in read_pairs(settings.pairs_file):
         for text in (pair.source, pair.target):
             open_asset(text, pair.folder, words=words)
@@ -544,9 +600,10 @@ def check(settings: FullScale) -> None:
 
 
 def from_parameters(parameters: Mapping[str, Any], *, device: str) -> FullScale:
-    """The settings of one run out of a chapter's parameters; those that are no field of `FullScale` are passed over."""
+    """The settings of one run out of a chapter's parameters; those that are no field of `FullScale` are passed over. device: its number counts for one process; several take one card each."""
     fields = {name: value for name, value in parameters.items() if name in FullScale.model_fields}
-    return from_mapping(FullScale, {**fields, "device": device.partition(":")[0]})
+    alone = int(fields.get("devices", 1)) == 1 and fields.get("strategy", "single") == "single"
+    return from_mapping(FullScale, {**fields, "device": device if alone else device.partition(":")[0]})
 
 
 def run_full_scale(run: Any, parameters: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -561,7 +618,10 @@ def run_full_scale(run: Any, parameters: Mapping[str, Any]) -> dict[int, dict[st
         print(requirements(settings), flush=True)
         check(settings)
         folder = Path(run.folder) / f"morphs-{seed}"
-        results[seed] = found = launch(settings, folder, morph_pairs)
+        finished = folder / "result.json"
+        if finished.exists() and json.loads(finished.read_text()).get("work") != _work(settings):
+            finished.unlink()  # of another list of pairs
+        results[seed] = found = launch(settings, folder, run_pairs)
         for method, summary in found["methods"].items():
             for name, items in summary["items"].items():
                 measure = "_".join("".join(letter if letter.isalnum() else " " for letter in name).split())

@@ -8,8 +8,8 @@ Docs: https://papers10.github.io/papers10/06_morphany3d/metrics.html.md"""
 __all__ = ['VIEWS', 'FRONTED', 'AESTHETIC_PROMPT', 'view_cameras', 'Views', 'render_volumes', 'spread_colors', 'TinyCNN',
            'classifier_views', 'train_extractor', 'TinyCNNExtractor', 'save_extractor', 'load_extractor',
            'frame_volume', 'frame_images', 'side_cameras', 'MorphScores', 'morph_scores', 'set_scores', 'silhouettes',
-           'floaters', 'classifier_entropy', 'plausibility', 'sequence_metrics', 'morph_strip', 'aesthetic_question',
-           'parse_pick', 'Preference', 'aesthetic_preference', 'preference_study']
+           'floaters', 'classifier_entropy', 'plausibility', 'moving_alphas', 'turn_changes', 'sequence_metrics',
+           'morph_strip', 'aesthetic_question', 'parse_pick', 'Preference', 'aesthetic_preference', 'preference_study']
 
 # %% ../../nbs/06_morphany3d/12_metrics.ipynb #5f1b4543
 import base64
@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from ..core.data import DataMissing, package_root
 from ..core.loop import LoopConfig, TrainState, train
 from ..core.random import generator, numpy_generator, seeded
 from ..core.stats import wilson_interval
-from ..flow.perceptual import Extractor, FeatureExtractor, PerceptualScore, check_even, check_images, extractor, fid_of_features, path_variance, perceptual_path_length, register_extractor
+from ..flow.perceptual import Extractor, FeatureExtractor, PerceptualScore, check_even, check_images, extractor as find_extractor, fid_of_features, path_variance, perceptual_path_length, register_extractor
 from .shapes import CATEGORIES, ProceduralShapes
 from ..splat.cameras import Cameras, rays, turntable
 
@@ -418,7 +419,7 @@ def morph_scores(
     Raises: TypeError, ValueError: as `flow.perceptual.check_images`; fewer than two frames; ends that do not fit.
     Source: PPL and PDV: DiffMorpher's published code (sum, population variance), which the authors say they follow; ppl_relative: Interp3D; lag: our choice.
     """
-    measure = _extractor(extractor)
+    measure = find_extractor(extractor)
     images = check_images("images", images, lead="P N V")
     P, N, V = images.shape[:3]
     if N < 2:
@@ -464,8 +465,6 @@ def morph_scores(
     return MorphScores(measure.name, views, {name: value.double().mean(-1).cpu() for name, value in values.items()}, steps, progress)
 
 
-_extractor = extractor
-
 
 def _comparison(measure: Extractor, pool: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """pool [M, V, S, S, C] -> function of two index vectors [n] that gives distances [n, V]; features are computed once."""
@@ -488,7 +487,7 @@ def set_scores(
     Returns: fid_endpoints and fid_training, those that were asked for, each with its extractor and numbers of images.
     Raises: ValueError: fewer than three frames, no reference. A warning tells when there are too few images.
     """
-    measure = _extractor(extractor)
+    measure = find_extractor(extractor)
     images = check_images("images", images, lead="P N V")
     if images.shape[1] < 3:
         raise ValueError(f"images: expected at least three frames, got {images.shape[1]}")
@@ -532,7 +531,7 @@ def floaters(occupancy: Bool[Tensor, "batch R R R"], *, connectivity: int = 1) -
 
 def classifier_entropy(images: Float[Tensor, "batch view S S 3"], network: TinyCNNExtractor | None = None) -> Float[Tensor, "batch"]:
     """Entropy (nats) of the classifier's categories, mean over the views. network: the shipped one when not given."""
-    network = _extractor("tiny-cnn") if network is None else network
+    network = find_extractor("tiny-cnn") if network is None else network
     images = check_images("images", images, channels=3, lead="B V")
     p = network.probabilities(images.flatten(0, 1))
     return torch.special.entr(p.double()).sum(-1).unflatten(0, images.shape[:2]).mean(-1)
@@ -550,6 +549,16 @@ def plausibility(frame: Any, *, images: Float[Tensor, "view S S 3"] | None = Non
         images = render_volumes(tsdf[None], None if color is None else color[None]).color[0]
     return {"components": int(counts[0]), "floater_fraction": float(shares[0]), "classifier_entropy": float(classifier_entropy(images[None], network)[0])}
 
+# %% ../../nbs/06_morphany3d/12_metrics.ipynb #8ad80bc5
+def moving_alphas(alphas: Sequence[float], slat_alphas: Sequence[float]) -> list[float]:
+    """Progress of a morph's frames: the structure's weights, or those of the structured latents where the structure's are all the same (morphs of details or style)."""
+    return list(slat_alphas if max(alphas) == min(alphas) else alphas)
+
+# %% ../../nbs/06_morphany3d/12_metrics.ipynb #92566ce3
+def turn_changes(turns: Sequence[int]) -> int:
+    """How many steps lie between frames that orientation correction turned unequally. turns: quarter turns of each frame, in order."""
+    return sum(int(before) % 4 != int(now) % 4 for before, now in pairwise(turns))
+
 # %% ../../nbs/06_morphany3d/12_metrics.ipynb #d340de13
 def sequence_metrics(
     sequences: Any, extractor: str | Extractor = "tiny-cnn", *, views: str = "ortho4", size: int = 32, kind: str = "auto", source: Tensor | None = None, target: Tensor | None = None
@@ -562,7 +571,8 @@ def sequence_metrics(
 
     Returns:
         a dict: extractor, views, size, n_frames; ppl_sum, ppl_mean, pdv, largest_step, endpoint_distance, ppl_relative, lag, start_error and end_error (with both ends given); means over frames of
-        components, floater_fraction, classifier_entropy (volumes only); turns, how many frames orientation correction turned. Numbers for one sequence, lists of numbers for several.
+        components, floater_fraction, classifier_entropy (volumes only); turns, how many steps lie between frames that orientation correction turned unequally (a jump that it undoes counts once,
+        however long the frames after it stay turned). Progress, for lag and evenness, is each frame's alpha, or slat_alpha where the structure's alpha stands still (details, style). Numbers for one sequence, lists of numbers for several.
     """
     if isinstance(sequences, (list, tuple)) and not sequences:
         raise ValueError("sequences: expected at least one, got none")
@@ -574,6 +584,8 @@ def sequence_metrics(
     count = len(frames[0])
     images = frame_images([frame for each in frames for frame in each], views=views, size=size, kind=kind).unflatten(0, (len(batch), count))
     alphas = [float(frame.alpha) for frame in frames[0]] if all(hasattr(frame, "alpha") for frame in frames[0]) else None
+    if alphas is not None and all(hasattr(frame, "slat_alpha") for frame in frames[0]):
+        alphas = moving_alphas(alphas, [float(frame.slat_alpha) for frame in frames[0]])
     given = source is not None and target is not None
     source = images[:, 0] if source is None else source if source.ndim == 5 else source[None]
     target = images[:, -1] if target is None else target if target.ndim == 5 else target[None]
@@ -586,7 +598,7 @@ def sequence_metrics(
             values[name] = value.unflatten(0, (len(batch), count)).mean(-1).tolist()
     values["classifier_entropy"] = classifier_entropy(images.flatten(0, 1)).unflatten(0, (len(batch), count)).mean(-1).tolist()
     if all(hasattr(frame, "turns") for frame in frames[0]):
-        values["turns"] = [sum(int(frame.turns) != 0 for frame in each) for each in frames]
+        values["turns"] = [turn_changes([frame.turns for frame in each]) for each in frames]
     return {"extractor": scores.extractor, "views": views, "size": size, "n_frames": count, **({name: value[0] for name, value in values.items()} if one else values)}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_range
 from ..core.random import numpy_generator
+from ..flow.cache import turned_places
 from ..flow.noise import check_coords
 from .shapes import Shape
 
@@ -50,14 +51,8 @@ def rotate_coords_yaw(coords: Int[Tensor, "voxel axes"], k: int, resolution: int
     coords: integer [L, 4] rows (batch, x, y, z) or [L, 3]; the rows keep their order, so features may stay as they are. k: any whole number; 4 turns are none.
     Raises ValueError for voxels outside the grid. Source: paper, orientation correction; official code, `trellis_image_to_3d.py`.
     """
-    return _turned(check_coords("coords", coords, resolution), _whole("k", k), resolution)
-
-
-def _turned(coords: Tensor, k: int, resolution: int) -> Tensor:
-    *batch, x, y, z = coords.unbind(1)
-    for _ in range(k % 4):
-        x, y = resolution - 1 - y, x
-    return torch.stack([*batch, x, y, z], 1)
+    check_coords("coords", coords, resolution)
+    return torch.cat([coords[:, :-3], turned_places(coords[:, -3:], _whole("k", k), resolution)], 1)
 
 
 def _whole(name: str, value: int) -> int:
@@ -154,11 +149,11 @@ def _check_options(resolution: int, angles: Sequence[int], margin: float, criter
 def _decide(now: Tensor, before: Tensor, resolution: int, turns: list[int], margin: float, tables: list[Tensor]) -> Orientation:
     """tables: distance transforms of both frames, or none for the overlap. Costs are compared as whole numbers, so ties are exact."""
     if tables:
-        exact = [_look_up(tables[1], _turned(now, k, resolution)) * len(before) + _look_up(tables[0], _turned(before, -k, resolution)) * len(now) for k in turns]
+        exact = [_look_up(tables[1], turned_places(now, k, resolution)) * len(before) + _look_up(tables[0], turned_places(before, -k, resolution)) * len(now) for k in turns]
         costs = [value / (len(now) * len(before) * (resolution - 1) ** 2) for value in exact]
     else:
         there = _occupancy(before, resolution)
-        exact = [-_look_up(there, _turned(now, k, resolution)) for k in turns]
+        exact = [-_look_up(there, turned_places(now, k, resolution)) for k in turns]
         costs = [1 + common / (len(now) + len(before) + common) for common in exact]
     best, none = min(range(len(turns)), key=lambda i: (exact[i], turns[i])), turns.index(0)
     if costs[best] >= (1 - margin) * costs[none]:
@@ -189,7 +184,7 @@ def correct_sequence(
         decisions.append(decision)
         turned.append(rotate_grid_yaw(volume, decision.turns))
         # The transform of a turned frame is the turned transform.
-        before = _turned(now, decision.turns, resolution), None if table is None else rotate_grid_yaw(table, decision.turns)
+        before = turned_places(now, decision.turns, resolution), None if table is None else rotate_grid_yaw(table, decision.turns)
     return (torch.stack(turned) if turned else volumes.clone()), decisions
 
 # %% ../../nbs/06_morphany3d/07_orientation.ipynb #09619a0d

@@ -1,5 +1,7 @@
 """Transformer blocks: identity at the start, positions, masks, gradients, refusals."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -154,7 +156,7 @@ def test_packed_samples_are_samples(rope):
     tokens, time, context = normal(1, 11, 24, seed=1), normal(1, 11, 24, seed=2), [normal(1, count, 10, seed=3 + count) for count in (3, 5, 2)]
     places = torch.arange(33).reshape(11, 3) if rope else None
     row = block(tokens, time, context=torch.cat(context, 1), positions=places, cu_seqlens=ends, context_cu_seqlens=torch.tensor([0, 3, 8, 10]))
-    for sample, (first, last) in enumerate(zip(ends[:-1], ends[1:])):
+    for sample, (first, last) in enumerate(pairwise(ends)):
         own = block(tokens[:, first:last], time[:, first:last], context=context[sample], positions=places[first:last] if rope else None)
         torch.testing.assert_close(row[:, first:last], own)
     assert sum(sizes) == row.shape[1]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,26 @@ def test_pictures_and_meshes(tmp_path):
     run(f"morph {tmp_path / 'photo.png'} {tmp_path / 'thing.ply'} --out {tmp_path / 's.safetensors'} --inversion none")
     about = load_sequence_state(tmp_path / "s.safetensors")[1]
     assert (about["source"], about["target"]) == ("photo", "thing")
+
+
+def test_a_mesh_is_inverted_as_it_is_sampled(tmp_path, capsys, monkeypatch):
+    from papers10.morphany3d import meshes
+    from papers10.morphany3d.pipeline import MorphPipeline
+
+    save_mesh(tmp_path / "thing.ply", marching_cubes(Shape.random("mug", 1, p_rotated=0.0).volume(16).tsdf))
+    seen, error = [], 0.5
+
+    def encode(backbone, mesh, **options):
+        seen.append(options)
+        return replace(MorphPipeline(backbone).encode("mug"), error=error)
+
+    monkeypatch.setattr(meshes, "encode_mesh", encode)
+    run(f"morph {tmp_path / 'thing.ply'} chair --out {tmp_path / 's.safetensors'} --cfg 1.5 --seed 7")
+    assert seen == [{"inversion": "euler", "steps": 2, "cfg_strength": 1.5, "seed": 7}]
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("SOURCE: the inversion")]) == 1
+    error = 0.01
+    run(f"compare chair {tmp_path / 'thing.ply'} --out {tmp_path / 'c.png'} --presets mca,slat_interp --cfg 2")
+    assert seen[1:] == [{"inversion": "euler", "steps": 2, "cfg_strength": 2.0, "seed": 0}] and "inversion" not in capsys.readouterr().err
 
 
 def test_train(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Attention maps, feature paths and curves: what they are made of, and what they refuse."""
 
 import math
+import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -10,6 +12,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "miniatures"))
+import trellis_miniature as miniature
+
 from papers10.flow.attention import attention_modules
 from papers10.flow.blocks import Attention
 from papers10.morphany3d import diagnostics as dg
@@ -17,6 +22,7 @@ from papers10.morphany3d.metrics import morph_scores
 from papers10.morphany3d.morphing import MorphConfig
 from papers10.morphany3d.pipeline import MorphPipeline
 from papers10.morphany3d.shapes import Shape
+from papers10.morphany3d.trellis import TrellisAdapter
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +113,23 @@ def test_probe_changes_nothing_and_leaves_no_hook(pipeline, shapes):
     # Guided steps also call without a condition; those calls are not kept.
     assert set(probe.inputs) == {(name, step) for name in blocks for step in (0, 3)}
     assert not any(module._forward_pre_hooks for module in attention_modules(model).values())
+
+
+@pytest.mark.parametrize("kind", ["TrellisImageTo3DPipeline", "TrellisTextTo3DPipeline"])
+def test_maps_of_a_network_that_joins_voxels_and_has_tokens_for_no_words(tmp_path, kind):
+    pipe = getattr(miniature, kind).from_pretrained(miniature.write_trellis(tmp_path, steps=3, kind=kind))
+    foreign = MorphPipeline(TrellisAdapter(pipe))
+    ends = ["a chair", "two dogs"] if "Text" in kind else [miniature.picture("red"), miniature.picture("blue")]
+    model = foreign.backbone.models()["slat"]
+    with dg.AttentionProbe(model) as probe:
+        foreign.blend([foreign.encode(end) for end in ends], (0.5, 0.5), formats=())
+    assert {step for _, step in probe.inputs} == {0, 1, 2}, "one call a step: those without a condition are left out"
+    found = dg.attention_maps(foreign, *ends, 0.5, stage="slat")
+    assert found.source.shape[1] == len(found.places) == len(found.frame.coords[:, 1:].div(2, rounding_mode="floor").unique(dim=0))
+    # The middle of a cell of 2 x 2 x 2 voxels lies half a voxel from each of them.
+    nearest = (found.frame.coords[:, None, 1:].float() - found.places).abs().amax(-1).amin(1)
+    assert torch.equal(nearest, torch.full_like(nearest, 0.5))
+    assert dg.attention_maps(foreign, *ends, 0.5, stage="ss").source.shape[1] == len(dg.attention_maps(foreign, *ends, 0.5, stage="ss").places)
 
 
 def test_background_shares_by_hand(maps):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,17 +23,17 @@ import trellis_miniature as miniature
 from papers10.core.config import ConfigError, replace
 from papers10.core.data import DataMissing, package_root, source
 from papers10.core.results import checkout_root
+from papers10.flow.cache import CacheMissError
 from papers10.morphany3d import full_scale
 from papers10.morphany3d.full_scale import (
     FullScale,
     Pair,
-    cache_bytes,
     check,
     collect,
     from_parameters,
+    kept_bytes,
     load_pipeline,
     morph_pair,
-    morph_pairs,
     open_asset,
     own_shard,
     own_work,
@@ -41,6 +42,7 @@ from papers10.morphany3d.full_scale import (
     read_pairs,
     requirements,
     run_full_scale,
+    run_pairs,
     stage_sizes,
 )
 from papers10.morphany3d.shapes import Shape
@@ -66,7 +68,7 @@ def pipeline(tiny):
 @pytest.fixture(scope="module")
 def whole(tiny, pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, morph_pairs(tiny, folder, pipeline)
+    return folder, run_pairs(tiny, folder, pipeline)
 
 
 def bits(folder):
@@ -286,21 +288,21 @@ def test_measures_are_those_of_the_rows(tiny, whole):
     (pair,) = items[f"ppl_sum.{name}"]
     assert items[f"ppl_sum.{name}"][pair] == pytest.approx(float(steps.sum(1).mean()), rel=1e-6)
     assert items[f"pdv.{name}"][pair] == pytest.approx(float(steps.var(1, correction=0).mean()), rel=1e-6)
-    assert items["turned"][pair] == sum(row["k_star"] > 0 for row in rows)
+    assert items["turned"][pair] == sum(a["k_star"] != b["k_star"] for a, b in pairwise(rows))
     assert result["methods"]["paper"]["fid"] >= 0 and result["methods"]["paper"]["fid_pictures"] == [8, 8]
 
 
 def test_a_finished_run_is_read_and_nothing_is_made(tiny, whole, tmp_path, monkeypatch):
     folder, result = shutil.copytree(whole[0], tmp_path / "copy"), whole[1]
     monkeypatch.setattr(full_scale, "load_pipeline", lambda settings: pytest.fail("the generator was loaded"))
-    assert morph_pairs(tiny, folder) == result
+    assert run_pairs(tiny, folder) == result
     seen = replace(tiny, metrics=("jumps",))
     assert seen.scoring() != tiny.scoring() and collect(seen, folder)["missing"] == [
         "paper/" + read_pairs(tiny.pairs_file)[0].name
     ]
 
 
-class Cut(Exception):
+class Cut(BaseException):
     pass
 
 
@@ -327,8 +329,8 @@ def cut_after(pipeline, frames):
 def test_a_run_that_was_cut_ends_with_the_same_bits(tiny, pipeline, whole, tmp_path, keys_every, cut):
     settings = replace(tiny, keys_every=keys_every)
     with cut_after(pipeline, cut):
-        morph_pairs(settings, tmp_path, pipeline)
-    again = morph_pairs(settings, tmp_path, pipeline)
+        run_pairs(settings, tmp_path, pipeline)
+    again = run_pairs(settings, tmp_path, pipeline)
     assert again["missing"] == [] and numbers(tmp_path) == numbers(whole[0])
     if keys_every:
         assert bits(tmp_path) == bits(whole[0])
@@ -342,7 +344,7 @@ def test_a_process_that_is_killed(tiny, whole, tmp_path):
         sys.executable,
         "-m",
         "papers10.lm.pretraining",
-        "papers10.morphany3d.full_scale:morph_pairs",
+        "papers10.morphany3d.full_scale:run_pairs",
         str(tmp_path / "settings.json"),
         str(tmp_path / "run"),
     ]
@@ -354,15 +356,15 @@ def test_a_process_that_is_killed(tiny, whole, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() in (-signal.SIGKILL, 0), process.stderr.read().decode()
     assert list((tmp_path / "run").rglob("meta.json"))
-    morph_pairs(tiny, tmp_path / "run")
+    run_pairs(tiny, tmp_path / "run")
     assert bits(tmp_path / "run") == bits(whole[0]) and numbers(tmp_path / "run") == numbers(whole[0])
 
 
 def test_time_that_is_over_stops_at_a_whole_frame(tiny, pipeline, whole, tmp_path):
-    stopped = morph_pairs(replace(tiny, max_seconds=1e-9), tmp_path, pipeline)
+    stopped = run_pairs(replace(tiny, max_seconds=1e-9), tmp_path, pipeline)
     assert stopped["pairs"] == 0 and len(stopped["missing"]) == 1 and not (tmp_path / "result.json").exists()
     assert len(list(tmp_path.rglob("meta.json"))) == 1
-    assert morph_pairs(tiny, tmp_path, pipeline)["pairs"] == 1 and bits(tmp_path) == bits(whole[0])
+    assert run_pairs(tiny, tmp_path, pipeline)["pairs"] == 1 and bits(tmp_path) == bits(whole[0])
 
 
 def test_keys_in_files_are_a_namespace_and_strange_files_stay(tiny, pipeline, whole, tmp_path):
@@ -373,7 +375,7 @@ def test_keys_in_files_are_a_namespace_and_strange_files_stay(tiny, pipeline, wh
     for name in ("notes.txt", "keys/mine.pt", "frames/notes.txt"):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text("mine")
-    morph_pairs(settings, tmp_path, pipeline)
+    run_pairs(settings, tmp_path, pipeline)
     assert bits(tmp_path) == bits(whole[0]) and all(
         (place / name).read_text() == "mine" for name in ("notes.txt", "keys/mine.pt", "frames/notes.txt")
     )
@@ -382,11 +384,11 @@ def test_keys_in_files_are_a_namespace_and_strange_files_stay(tiny, pipeline, wh
 
 def test_two_shards_make_one_run(tiny, pipeline, tmp_path):
     settings = replace(tiny, pairs_file="procedural:2", n_frames=2)
-    first = morph_pairs(replace(settings, num_shards=2, shard=0), tmp_path, pipeline)
+    first = run_pairs(replace(settings, num_shards=2, shard=0), tmp_path, pipeline)
     assert first["pairs"] == 1 and not (tmp_path / "result.json").exists()
-    second = morph_pairs(replace(settings, num_shards=2, shard=1), tmp_path, pipeline)
+    second = run_pairs(replace(settings, num_shards=2, shard=1), tmp_path, pipeline)
     assert second["pairs"] == 2 and (tmp_path / "result.json").exists()
-    assert morph_pairs(settings, tmp_path)["pairs"] == 2
+    assert run_pairs(settings, tmp_path)["pairs"] == 2
 
 
 def test_one_pair_that_fails_does_not_cost_the_others(tiny, pipeline, tmp_path):
@@ -396,7 +398,7 @@ def test_one_pair_that_fails_does_not_cost_the_others(tiny, pipeline, tmp_path):
         "- {name: bad, source: empty.png, target: 'procedural:car:0'}\n- {name: good, source: 'procedural:car:0', target: 'procedural:mug:0'}\n"
     )
     settings = replace(tiny, pairs_file=str(tmp_path / "pairs.yaml"), n_frames=2)
-    result = morph_pairs(settings, tmp_path / "run", pipeline)
+    result = run_pairs(settings, tmp_path / "run", pipeline)
     assert (
         list(result["failed"]) == ["paper/bad"] == result["missing"]
         and "transparent" in result["failed"]["paper/bad"]
@@ -404,12 +406,87 @@ def test_one_pair_that_fails_does_not_cost_the_others(tiny, pipeline, tmp_path):
     )
 
 
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("no memory"), CacheMissError("no keys"), FileNotFoundError("gone"), KeyError("name")])
+def test_whatever_a_pair_fails_of_the_others_go_on(tiny, pipeline, tmp_path, monkeypatch, error):
+    settings, original = replace(tiny, pairs_file="procedural:2", n_frames=2, metrics=("jumps",)), full_scale.morph_pair
+    bad, good = (pair.name for pair in read_pairs("procedural:2"))
+
+    def failing(pipeline, pair, *arguments, **options):
+        if pair.name == bad:
+            raise error
+        return original(pipeline, pair, *arguments, **options)
+
+    monkeypatch.setattr(full_scale, "morph_pair", failing)
+    result = run_pairs(settings, tmp_path, pipeline)
+    assert list(result["failed"]) == [f"paper/{bad}"] and type(error).__name__ in result["failed"][f"paper/{bad}"]
+    assert list(result["methods"]["paper"]["items"]["turned"]) == [good]
+
+
+@pytest.mark.parametrize("name", ["load_pipeline", "collect"])
+def test_an_error_of_the_whole_run_comes_after_the_last_barrier(tiny, pipeline, tmp_path, monkeypatch, name):
+    waits = []
+    monkeypatch.setattr(full_scale.distributed, "barrier", lambda: waits.append(name))
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(full_scale, name, broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        run_pairs(replace(tiny, n_frames=2, metrics=("jumps",)), tmp_path, None if name == "load_pipeline" else pipeline)
+    assert len(waits) == 2
+
+
+def test_a_row_that_was_edited_is_made_anew(tiny, pipeline, tmp_path):
+    rows = "- {name: one, source: 'procedural:mug:1', target: 'procedural:tree:2'}\n"
+    settings = replace(tiny, pairs_file=str(tmp_path / "pairs.yaml"), n_frames=2, metrics=("jumps",))
+    places = []
+    for text in (rows, rows.replace("tree:2", "dog:3")):
+        (tmp_path / "pairs.yaml").write_text(text)
+        assert collect(settings, tmp_path)["missing"] == ["paper/one"]
+        places.append(pair_folder(tmp_path, settings, "paper", *read_pairs(settings.pairs_file)))
+        assert not run_pairs(settings, tmp_path, pipeline)["missing"]
+    first, second = ([file.read_bytes() for file in sorted((place / "pictures").iterdir())] for place in places)
+    assert places[0] != places[1] and first != second
+
+
+def test_a_picture_that_was_changed_under_its_name_is_refused(tiny, pipeline, tmp_path):
+    miniature.picture("red").save(tmp_path / "end.png")
+    (tmp_path / "pairs.yaml").write_text("- {name: one, source: end.png, target: 'procedural:tree:2'}\n")
+    settings = replace(tiny, pairs_file=str(tmp_path / "pairs.yaml"), n_frames=2, metrics=("jumps",))
+    run_pairs(settings, tmp_path, pipeline)
+    (pair,) = read_pairs(settings.pairs_file)
+    morph_pair(pipeline, pair, "paper", settings, tmp_path)
+    miniature.picture("blue").save(tmp_path / "end.png")
+    assert collect(settings, tmp_path)["missing"] == ["paper/one"]
+    with pytest.raises(ValueError, match="source of one.*another file"):
+        morph_pair(pipeline, pair, "paper", settings, tmp_path)
+    (tmp_path / "end.png").unlink()  # on a machine without the data what is finished is still read
+    assert collect(settings, tmp_path)["missing"] == []
+
+
+def test_jumps_are_steps_that_jump(tiny, whole, tmp_path):
+    folder, (pair,) = whole[0], read_pairs(tiny.pairs_file)
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    grid = torch.zeros(8, 8, 8)
+    grid[1:7, 2:4, 1:3] = grid[5:7, 2:6, 1:5] = 1  # an L: no quarter turn maps it to itself
+    frames = [torch.rot90(grid, turns, (0, 1)).nonzero() for turns in (0, 0, 1, 1)]
+    pictures = torch.zeros(4, 1, 8, 8, 3, dtype=torch.uint8)
+    rows = [{**row, "k_star": turns} for row, turns in zip(rows, (0, 0, 3, 3))]
+    found = full_scale._scored(replace(tiny, metrics=("jumps",)), pair, "paper", tmp_path, tmp_path / "scores.json", pictures, rows, frames, 8)
+    assert found["scores"] == {"jumps": 1, "turned": 1}
+
+
+@pytest.mark.parametrize(("device", "changes", "expected"), [("cuda:1", {}, "cuda:1"), ("cuda:1", {"devices": 2, "strategy": "ddp"}, "cuda"), ("cpu", {}, "cpu")])
+def test_the_number_of_a_card_is_kept_for_one_process(device, changes, expected):
+    assert from_parameters({**TINY, **changes}, device=device).device == expected
+
+
 @pytest.mark.parametrize("kind", ["TrellisImageTo3DPipeline", "TrellisTextTo3DPipeline", "Trellis2ImageTo3DPipeline"])
 def test_a_release_from_its_folder_to_the_tables(tiny, tmp_path, kind):
     folder = (
         miniature.write_trellis2(tmp_path / "checkpoint")
         if kind.startswith("Trellis2")
-        else miniature.write_trellis(tmp_path / "text-checkpoint", kind=kind)
+        else miniature.write_trellis(tmp_path / ("checkpoint" if "Text" in kind else "text-checkpoint"), kind=kind)
     )
     if "Text" in kind:
         (tmp_path / "pairs.yaml").write_text("- {name: words, source: a red ball, target: 'procedural:dog:0'}\n")
@@ -431,7 +508,7 @@ def test_a_release_from_its_folder_to_the_tables(tiny, tmp_path, kind):
     with miniature.as_package("trellis", "trellis2"):
         assert "keys and values" in requirements(settings)
         check(settings)
-        result = morph_pairs(settings, tmp_path / "run")
+        result = run_pairs(settings, tmp_path / "run")
     assert not result["missing"] and not result["failed"]
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert {
@@ -465,8 +542,8 @@ def test_requirements_say_hours_memory_and_licences():
 
 def test_bytes_of_keys_and_values(tmp_path):
     settings = FullScale()
-    assert cache_bytes(settings)["ss"] == 2 * 2 * 25 * 24 * 4096 * 1024  # 10.07 GB
-    assert cache_bytes(replace(settings, cache_dtype="float8_e4m3fn"))["slat"] * 2 == cache_bytes(settings)["slat"]
+    assert kept_bytes(settings)["ss"] == 2 * 2 * 25 * 24 * 4096 * 1024  # 10.07 GB
+    assert kept_bytes(replace(settings, cache_dtype="float8_e4m3fn"))["slat"] * 2 == kept_bytes(settings)["slat"]
     folder = miniature.write_trellis2(tmp_path)
     assert stage_sizes(str(folder), voxels=7) == {"ss": (2, 36, 64), "shape": (2, 36, 7), "texture": (2, 36, 7)}
     with pytest.raises(ValueError, match="not known"):
@@ -486,7 +563,7 @@ def test_bytes_that_are_counted_are_those_that_are_kept(tiny, tmp_path):
     with install_morph(adapter, config, state):
         adapter.sample("ss", torch.zeros(1, *adapter.noise_shape("ss")), context[None], state, config)
     settings = replace(tiny, backbone=str(tmp_path))
-    assert state.cache.nbytes == cache_bytes(settings, itemsize=4)["ss"]
+    assert state.cache.nbytes == kept_bytes(settings, itemsize=4)["ss"]
 
 
 @pytest.mark.parametrize(("changes", "error"), [

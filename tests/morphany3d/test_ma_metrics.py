@@ -324,6 +324,29 @@ def test_metrics_of_the_pipelines_own_sequences():
     assert whole["components"] >= 1 and 0 <= whole["floater_fraction"] < 1
 
 
+class Turned:
+    """A volume with what the pipeline says of a frame."""
+
+    def __init__(self, volume, alpha, slat_alpha, turns):
+        self.tsdf, self.color, self.alpha, self.slat_alpha, self.turns = volume.tsdf, volume.color, alpha, slat_alpha, turns
+
+
+def test_details_that_move_alone_are_measured_by_their_own_progress(shapes):
+    volumes = [Volume(shapes.tsdf[0], torch.lerp(shapes.color[0], shapes.color[2], a)) for a in torch.linspace(0, 1, 4)]
+    progress = [number / 3 for number in range(4)]
+    details = ms.sequence_metrics([Turned(volume, 0.0, place, 0) for volume, place in zip(volumes, progress)])
+    assert details["lag"] == ms.sequence_metrics(volumes)["lag"]
+    assert ms.moving_alphas([0, 0.5, 1], [0, 0, 0]) == [0, 0.5, 1] and ms.moving_alphas([0.0] * 3, progress[:3]) == progress[:3]
+
+
+@pytest.mark.parametrize(("turns", "changes"), [([0, 0, 0], 0), ([0, 1, 1, 1], 1), ([0, 2, 0], 2), ([0, 4], 0), ([3], 0), ([0, 1, 3, 3], 2)])
+def test_a_turn_that_stays_is_one_change(shapes, turns, changes):
+    assert ms.turn_changes(turns) == changes
+    if len(turns) == 4:
+        frames = [Turned(Volume(shapes.tsdf[0], shapes.color[0]), place / 3, place / 3, turn) for place, turn in enumerate(turns)]
+        assert ms.sequence_metrics(frames)["turns"] == changes
+
+
 # The judge
 
 
