@@ -335,7 +335,7 @@ def test_details_that_move_alone_are_measured_by_their_own_progress(shapes):
     volumes = [Volume(shapes.tsdf[0], torch.lerp(shapes.color[0], shapes.color[2], a)) for a in torch.linspace(0, 1, 4)]
     progress = [number / 3 for number in range(4)]
     details = ms.sequence_metrics([Turned(volume, 0.0, place, 0) for volume, place in zip(volumes, progress)])
-    assert details["lag"] == ms.sequence_metrics(volumes)["lag"]
+    assert details["lag"] == pytest.approx(ms.sequence_metrics(volumes)["lag"], abs=1e-12)  # thirds are rounded in two ways
     assert ms.moving_alphas([0, 0.5, 1], [0, 0, 0]) == [0, 0.5, 1] and ms.moving_alphas([0.0] * 3, progress[:3]) == progress[:3]
 
 
