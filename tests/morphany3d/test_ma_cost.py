@@ -11,7 +11,6 @@ from papers10.kernels.common import KERNELS, CaseNotSupported, Hardware
 from papers10.kernels.harness import check_parity, make_operands, parity_cases, relative_error
 from papers10.morphany3d import benchmarks
 from papers10.morphany3d.benchmarks import bench_specs, block_flops, cache_bytes, frame_flops, morph_seconds
-from papers10.morphany3d.orientation import rotate_coords_yaw
 
 SPECS = {spec.name: spec for spec in bench_specs()}
 COMPARISONS = [comparison for spec in SPECS.values() for comparison in parity_cases(spec, ("reference", "torch"))]
@@ -88,12 +87,6 @@ def test_a_table_that_is_too_large_is_refused():
     rows = torch.zeros(8000, 4, dtype=torch.int32)
     with pytest.raises(CaseNotSupported, match="GB a turn"):
         SPECS["ma_turn_costs"].peers["all pairs, one table"]()(rows, rows, 64)
-
-
-def test_turns_of_the_plain_form_are_those_of_the_correction():
-    rows = torch.tensor([[0, 1, 2, 3], [0, 5, 0, 4]], dtype=torch.int32)
-    for turns in range(4):
-        assert torch.equal(benchmarks._turned(rows, turns, 7), rotate_coords_yaw(rows, turns, 7)[:, 1:].long())
 
 
 def test_keys_of_conditions_follow_their_condition():

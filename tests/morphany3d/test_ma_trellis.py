@@ -532,7 +532,7 @@ def test_follow_refuses_and_cleans_up():
         pass
     with pytest.raises(NonFiniteError) as caught, follow(sampler, state, "ss"):
         sampler.sample(lambda x, t, c: x / 0, torch.zeros(1, 1, 2, 2, 2), cond=torch.zeros(1, 1, 1), steps=2)
-    assert (caught.value.stage, caught.value.step) == ("ss", 0) and "_inference_model" not in vars(sampler)
+    assert "'ss'" in str(caught.value) and caught.value.step == 0 and "_inference_model" not in vars(sampler)
 
 
 def test_settings_of_a_configuration_win_and_w_becomes_g(adapters):
