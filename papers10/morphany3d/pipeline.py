@@ -522,11 +522,12 @@ class MorphPipeline:
                     yield [known]
                     continue
                 timer, memory, state.frame = _Timer(), state.cache, index
-                # The ends are plain generations: the first keeps its keys for the second frame, the last does not look back.
-                plain = {alpha, slat_alpha} <= {0.0, 1.0} and (index == last or (index == 0 and not config.anchor_endpoints))
+                # The ends are plain generations: the first keeps its keys for the second frame, the last does not look back in a stage that has arrived.
+                alone = index == 0 and not config.anchor_endpoints
+                betas = [0.0 if alone or (index == last and weight in (0.0, 1.0)) else config.beta for weight in (alpha, slat_alpha)]
                 # The networks are the user's again whenever a frame is handed over.
                 with install_morph(backbone, config, state):
-                    state.beta = 0.0 if plain else config.beta
+                    state.beta = betas[0]
                     state.blend(alpha, [source, target])
                     noise = torch.stack([structure_noise(*pair, alpha, mode=config.noise_mode, per_token=config.slerp_per_token) for pair in noises]).to(backbone.device)
                     logits = self._structure(state, config, noise, timer, index, alpha)
@@ -545,9 +546,10 @@ class MorphPipeline:
                     coords = backbone.voxels(logits)
                     present.clear()
                     present["coords"] = coords
+                    state.beta = betas[1]
                     state.blend(slat_alpha, [source, detail])
                     latents = self._latents(state, config, coords, self._token_noises(coords, noises, slat_alpha, config), timer)
-                if state.beta:
+                if config.beta and not alone:
                     memory.advance()
                 previous = list(logits > 0)
                 frames = []

@@ -244,3 +244,9 @@ def test_mixed_keys_with_one_noise_end_at_the_target(pipeline):
     frames = run(pipeline, "kv_both", frames=3, changes={"noise_mode": "shared"})
     plain = run(pipeline, "mca", frames=2, changes={"noise_mode": "shared"})
     torch.testing.assert_close(frames[-1].logits, plain[-1].logits, rtol=0, atol=1e-4)  # float32 sums in another order
+
+
+def test_a_stage_that_has_not_arrived_looks_back_to_the_end(pipeline):
+    half = {"slat_schedule": (0.0, 0.2, 0.4, 0.5)}
+    with_memory, without = run(pipeline, "mca_tfsa", changes=half), run(pipeline, "mca", changes=half)
+    assert torch.equal(with_memory[-1].logits, without[-1].logits) and not torch.equal(with_memory[-1].features, without[-1].features)
