@@ -979,7 +979,13 @@ def _pull_back(ctx, grad, grad_end, _):
     grad = torch.zeros(*end.shape, tensors[3].shape[1], dtype=end.dtype, device=end.device) if grad is None else grad
     grad_end = torch.zeros_like(end) if grad_end is None else grad_end
     *grads, magnitude = _shade_backward(*tensors, end, last, grad.contiguous(), grad_end.contiguous(), ctx.absolute, *ctx.settings)
-    background = torch.einsum("vyxc,vyx->vc", grad, end)
+    # Halves are added to halves: a matrix product adds in an order that may depend on the number of threads.
+    terms = (grad * end[..., None]).flatten(1, 2).transpose(0, 1).contiguous()
+    while terms.shape[0] > 1:
+        half = (terms.shape[0] + 1) // 2
+        terms[: terms.shape[0] - half] += terms[half:]
+        terms = terms[:half]
+    background = terms.sum(0)
     return (*grads, background, magnitude, *[None] * 11)
 
 
