@@ -841,6 +841,7 @@ def _build_preview(processed: Path, order: Sequence[Path], made: Path) -> None:
 def _finish(soup, name: str, address: dict[str, str], documentation: str) -> None:
     """Links to notebooks and to the published site become relative links; headings get their own link."""
     here = PurePosixPath(address[name]).parent
+    known = {tag["id"] for tag in soup.find_all(id=True)}  # once: every line of shown code is a link
     for tag in soup.find_all("a", href=True):
         target, _, anchor = tag["href"].partition("#")
         anchor = f"#{anchor}" if anchor else ""
@@ -852,7 +853,7 @@ def _finish(soup, name: str, address: dict[str, str], documentation: str) -> Non
             found = os.path.normpath(PurePosixPath(name).parent / target)
             if found in address:
                 tag["href"] = os.path.relpath(address[found], here) + anchor
-        elif not target and anchor and soup.find(id=anchor[1:]) is None and soup.find(id=anchor[1:].lower()):
+        elif not target and anchor and anchor[1:] not in known and anchor[1:].lower() in known:
             tag["href"] = anchor.lower()
     for tag in soup.find_all(["h1", "h2", "h3", "h4"]):
         if tag.get("id"):
