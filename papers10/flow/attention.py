@@ -6,8 +6,8 @@ Docs: https://papers10.github.io/papers10/shared/flow/attention.html.md"""
 
 # %% auto #0
 __all__ = ['Processor', 'attention_modules', 'attention_kind', 'KeyValues', 'AttentionCall', 'rotate_by_phases', 'rotate_foreign',
-           'Handle', 'install', 'FusionState', 'check_weights', 'DefaultProcessor', 'MultiConditionProcessor',
-           'KeyValueFusedProcessor', 'TemporalFusedProcessor']
+           'Handle', 'install', 'FusionState', 'check_weights', 'check_equal_tokens', 'DefaultProcessor',
+           'MultiConditionProcessor', 'KeyValueFusedProcessor', 'TemporalFusedProcessor']
 
 # %% ../../nbs/shared/flow/attention.ipynb #c5623836
 from collections.abc import Callable, Mapping, Sequence
@@ -315,8 +315,9 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
         raise ValueError(f"weights: expected a sum of 1, got {sum(weights):.6g}")
     return weights
 
-# %% ../../nbs/shared/flow/attention.ipynb #b1690da4
-def _equal_tokens(contexts: Sequence[Tensor], what: str) -> None:
+# %% ../../nbs/shared/flow/attention.ipynb #04a9f8e9
+def check_equal_tokens(contexts: Sequence[Tensor], what: str) -> None:
+    """Raises ValueError, with all lengths, for contexts [B, L_y, C] of unequal length."""
     lengths = [context.shape[1] for context in contexts]
     if len(set(lengths)) > 1:
         raise ValueError(f"contexts: expected equal numbers of tokens for {what}, got {' and '.join(str(length) for length in lengths)}")
@@ -369,7 +370,7 @@ class MultiConditionProcessor:
         sets = [state.keys(call, number) for number in chosen]
         shares = [weights[number] for number in chosen]
         if self.fused:
-            _equal_tokens(state.contexts, "fused attention")
+            check_equal_tokens(state.contexts, "fused attention")
             own = _mixed(sets, shares)  # the projection is affine: these are the keys of the mixed context
             sets = [_joined(one, own) for one in sets]
         return call.attend(call.queries(), sets, shares)
@@ -391,7 +392,7 @@ class KeyValueFusedProcessor:
             return call.plain()
         weights = check_weights(state.weights, len(state.contexts))
         if call.kind == "cross":
-            _equal_tokens(state.contexts, "mixed keys")
+            check_equal_tokens(state.contexts, "mixed keys")
             chosen = [number for number, weight in enumerate(weights) if weight != 0]
             if len(chosen) == 1:
                 return call.plain(state.contexts[chosen[0]])

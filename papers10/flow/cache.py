@@ -83,6 +83,7 @@ class StepKV:
         self._order: dict[tuple, tuple] = {}
         self._last: tuple | None = None
         self._fetched: dict[tuple, tuple] = {}
+        self._stream: Any = None
         self._warned = False
         self.reads = self.writes = 0
 
@@ -169,7 +170,7 @@ class StepKV:
 
     def _narrowed(self, entry: Entry) -> dict[str, Any]:
         tensors = entry.tensors()
-        kept: dict[str, Any] = {"frame": entry.frame, "dtype": entry.keys.dtype, "heads": 0 if entry.cu_seqlens is None else 1}
+        kept: dict[str, Any] = {"frame": entry.frame, "dtype": entry.keys.dtype}
         for name in ("keys", "values"):
             tensor = tensors[name]
             if self.dtype == torch.float8_e4m3fn:
@@ -239,7 +240,7 @@ class StepKV:
         """Starts the copy of the next place on a stream of its own (pinned memory and a card only)."""
         if place is None or self.device != "pinned" or like is None or not like.is_cuda or place not in self or place in self._fetched:
             return
-        stream = self._stream = getattr(self, "_stream", None) or torch.cuda.Stream(like.device)
+        stream = self._stream = self._stream or torch.cuda.Stream(like.device)
         with torch.cuda.stream(stream):
             tensors = self._moved(self._entries[place]["tensors"], like)
         for tensor in tensors.values():

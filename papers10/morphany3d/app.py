@@ -162,7 +162,9 @@ def _asset(pipeline: Any, name: str, text: str, background: str) -> Any:
             raise FileNotFoundError(f"{name}: expected a strip or folder of pictures that is there, got {rest}")
         views = load_views(place, background=check_choice("--background", background, BACKGROUNDS))
         return prepare_image(views[choose_front(views)])
-    if text.startswith("mesh/") or suffix in (".ply", ".obj", ".glb", ".gltf", ".stl", ".off"):
+    from papers10.morphany3d.pipeline import is_mesh
+
+    if is_mesh(text):
         if not text.startswith("mesh/") and not path.is_file():
             raise FileNotFoundError(f"{name}: expected a mesh that is there, got {text}")
         return _MeshFile(text if text.startswith("mesh/") else str(path))

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..core.checks import check_choice, check_range
 from ..core.random import generator, numpy_generator, stream_seed
 from ..flow.perceptual import extractor as find_extractor
-from ..flow.perceptual import perceptual_distances
 from .metrics import frame_images, sequence_metrics, set_scores
 from .morphing import PRESETS, MorphConfig
 from .orientation import orientation_jumps, spontaneous_jumps
@@ -102,8 +101,6 @@ def score_morphs(sequences: Sequence[MorphSequence], *, ends: tuple[Tensor, Tens
     scores = sequence_metrics(list(sequences), extractor, source=source, target=target)
     count = len(sequences[0].frames)
     images = frame_images([frame for sequence in sequences for frame in sequence.frames]).unflatten(0, (len(sequences), count))
-    steps = perceptual_distances(images.movedim(2, 1), extractor).mean(1)
-    scores["ppl_inner"] = steps[:, :-1].sum(1).tolist()
     if ends is not None:
         scores["end_error"] = _end_error(images[:, -1], target, extractor)
     items = {name: {str(pair): float(value) for pair, value in enumerate(scores[key])} for name, (key, _, _) in MEASURES.items() if key in scores}

@@ -414,7 +414,7 @@ def morph_scores(
         source, target: [P, V, S, S, C], pictures of what the morph should begin and end with. views: name of the views, for the result.
 
     Returns:
-        `MorphScores` with ppl_sum, ppl_mean, pdv, largest_step (largest d over their mean), and where the ends are known start_error, end_error, endpoint_distance, ppl_relative, lag.
+        `MorphScores` with ppl_sum, ppl_mean, pdv, largest_step (largest d over their mean), ppl_inner (ppl_sum without the last step), and where the ends are known start_error, end_error, endpoint_distance, ppl_relative, lag.
 
     Raises: TypeError, ValueError: as `flow.perceptual.check_images`; fewer than two frames; ends that do not fit.
     Source: PPL and PDV: DiffMorpher's published code (sum, population variance), which the authors say they follow; ppl_relative: Interp3D; lag: our choice.
@@ -451,7 +451,7 @@ def morph_scores(
     d = {name: torch.stack(value) for name, value in columns.items()}
     steps = d["steps"].mT
     mean = perceptual_path_length(steps, "mean")
-    values = {"ppl_sum": perceptual_path_length(steps), "ppl_mean": mean, "pdv": path_variance(steps), "largest_step": steps.double().amax(-1) / mean.clamp(min=1e-12)}
+    values = {"ppl_sum": perceptual_path_length(steps), "ppl_mean": mean, "pdv": path_variance(steps), "largest_step": steps.double().amax(-1) / mean.clamp(min=1e-12), "ppl_inner": steps[..., :-1].double().sum(-1)}
     if "source" in ends:
         values["start_error"] = d["source"][:, 0]
     if "target" in ends:
@@ -570,7 +570,7 @@ def sequence_metrics(
         source, target: pictures [V, S, S, 3] ([P, V, S, S, 3]) of the ends; the first and last frame when not given, whose errors are then left out.
 
     Returns:
-        a dict: extractor, views, size, n_frames; ppl_sum, ppl_mean, pdv, largest_step, endpoint_distance, ppl_relative, lag, start_error and end_error (with both ends given); means over frames of
+        a dict: extractor, views, size, n_frames; ppl_sum, ppl_mean, ppl_inner, pdv, largest_step, endpoint_distance, ppl_relative, lag, start_error and end_error (with both ends given); means over frames of
         components, floater_fraction, classifier_entropy (volumes only); turns, how many steps lie between frames that orientation correction turned unequally (a jump that it undoes counts once,
         however long the frames after it stay turned). Progress, for lag and evenness, is each frame's alpha, or slat_alpha where the structure's alpha stands still (details, style). Numbers for one sequence, lists of numbers for several.
     """

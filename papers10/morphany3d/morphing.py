@@ -28,6 +28,7 @@ from papers10.flow.attention import (
     MultiConditionProcessor,
     TemporalFusedProcessor,
     attention_modules,
+    check_equal_tokens,
     check_weights,
     install,
 )
@@ -215,9 +216,7 @@ class MorphState(FusionState):
 
 def interpolated_context(contexts: Sequence[Tensor], weights: Sequence[float], how: str) -> Tensor:
     """One condition between several: "lerp", or "slerp" (two contexts, each token on the sphere; tokens of opposite direction or length 0 are interpolated linearly). Raises ValueError for unequal token counts."""
-    lengths = [context.shape[1] for context in contexts]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"contexts: expected equal numbers of tokens to interpolate, got {' and '.join(map(str, lengths))}")
+    check_equal_tokens(contexts, "interpolation")
     if how == "slerp":
         if len(contexts) != 2:
             raise ValueError(f"context_interp: 'slerp' is between two contexts, got {len(contexts)}")
@@ -311,13 +310,13 @@ def install_morph(models: nn.Module | Mapping[str, nn.Module], config: MorphConf
     if callable(getattr(models, "models", None)):
         models = models.models()
     models = dict(models) if isinstance(models, Mapping) else {"ss": models}
+    names = list(dict.fromkeys(name for model in models.values() for name in attention_modules(model)))
+    for name in config.tfsa_blocks or ():
+        if name not in names:
+            raise ValueError(f"tfsa_blocks: expected names of attentions such as {', '.join(names[:3])}, got {name!r}")
     handles: dict[str, Handle] = {}
     try:
         for stage, model in models.items():
-            names = attention_modules(model)
-            for name in config.tfsa_blocks or ():
-                if not any(name in attention_modules(other) for other in models.values()):
-                    raise ValueError(f"tfsa_blocks: expected names of attentions such as {', '.join(list(names)[:3])}, got {name!r}")
             chosen = {"self": _Recorder(state)} if record else morph_processors(config, stage, state)
             if chosen:
                 handles[stage] = install(model, chosen)

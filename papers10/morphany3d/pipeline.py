@@ -6,7 +6,7 @@ Docs: https://papers10.github.io/papers10/06_morphany3d/pipeline.html.md"""
 
 # %% auto #0
 __all__ = ['FORMATS', 'non_finite', 'Backbone', 'driven', 'TinyAdapter', 'Endpoint', 'MorphFrame', 'MorphSequence',
-           'MorphPipeline']
+           'MorphPipeline', 'is_mesh']
 
 # %% ../../nbs/06_morphany3d/08_pipeline.ipynb #b35fd91c
 import hashlib
@@ -33,6 +33,7 @@ from ..flow.schedule import sigma_grid
 from .morphing import MorphConfig, MorphState, install_morph
 from .noise import EndpointNoise, nearest_tokens, structure_noise, token_noise
 from .orientation import EmptyStructureError, orientation_correct, rotate_grid_yaw
+from ..splat.export import MESH_SUFFIXES
 
 FORMATS = ("mesh", "gaussian", "radiance")
 
@@ -162,7 +163,7 @@ class TinyAdapter:
         where = SparseLatent(coords.to(self.device), noise)
         network = lambda x, sigma, tokens: self.model.slat_flow(where.replace(x), sigma, tokens).feats
         clean = euler(driven(network, condition, state, stage), noise, sigmas, guidance=guidance)
-        return clean * self.model.slat_std + self.model.slat_mean
+        return self.model.denormalise(clean)
 
     def decode_structure(self, latent: Tensor) -> Tensor:
         return self.model.ss_vae.decode(latent)
@@ -350,7 +351,7 @@ class MorphPipeline:
         """An endpoint from a picture (path, PIL, RGBA tensor), a mesh (path, trimesh, `splat.geometry.Mesh`; encoded and inverted, options: of `meshes.encode_mesh`), a word the backbone knows, or an endpoint as it is."""
         if isinstance(asset, Endpoint):
             return asset
-        if _is_mesh(asset):
+        if is_mesh(asset):
             from papers10.morphany3d.meshes import encode_mesh
 
             return encode_mesh(self.backbone, asset, **options)
@@ -591,9 +592,10 @@ def _fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()[:32]
 
 
-def _is_mesh(asset: Any) -> bool:
+def is_mesh(asset: Any) -> bool:
+    """Whether an asset is a mesh: by the name of its file or data, or by its vertices and faces."""
     if isinstance(asset, (str, Path)):
-        return Path(asset).suffix.lower() in (".ply", ".obj", ".glb", ".gltf", ".stl", ".off") or str(asset).startswith("mesh/")
+        return Path(asset).suffix.lower() in MESH_SUFFIXES or str(asset).startswith("mesh/")
     return hasattr(asset, "vertices") and hasattr(asset, "faces")
 
 

@@ -4,8 +4,6 @@ import base64
 import csv
 import json
 import re
-import shutil
-import tempfile
 import time
 from collections import Counter
 
@@ -13,12 +11,7 @@ import pytest
 
 from papers10.core.preference import COLUMNS, Answer, preference_page, read_answers, tally
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="NO BROWSER: the page was NOT opened in Chromium (install chromium and chromedriver)",
-)
+FLAGS = ["--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,900"]
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 
 
@@ -192,27 +185,6 @@ class TestTally:
             tally([answer("a", "b", "left")], level=1.0)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    with tempfile.TemporaryDirectory() as profile:
-        options = Options()
-        options.binary_location = BROWSER
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        flags += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,900"]
-        for flag in [*flags, f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        driver.set_page_load_timeout(30)
-        yield driver
-        driver.quit()
-
-
-@needs_browser
 @pytest.mark.browser
 @pytest.mark.slow
 class TestInChromium:

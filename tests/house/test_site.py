@@ -3,27 +3,13 @@
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
 
 import pytest
 
 from papers10.core import site
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="NO BROWSER: the documentation was NOT opened in Chromium (install chromium and chromedriver)",
-)
 FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
@@ -72,25 +58,6 @@ def address(built):
 @pytest.fixture(scope="module")
 def names(built):
     return sorted(path.relative_to(built).as_posix() for path in built.rglob("*.html"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    with tempfile.TemporaryDirectory() as profile:
-        options = Options()
-        options.binary_location = BROWSER
-        for flag in [*FLAGS, f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        driver.set_page_load_timeout(30)
-        driver.set_script_timeout(30)
-        yield driver
-        driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +125,6 @@ def test_reference_entries_stand_before_their_source(built):
     assert "<strong>Args</strong>" in text
 
 
-@needs_browser
 @pytest.mark.browser
 @pytest.mark.slow
 class TestInChromium:

@@ -4,10 +4,8 @@ import base64
 import json
 import math
 import re
-import shutil
 import socket
 import sys
-import tempfile
 import time
 import types
 import urllib.request
@@ -23,12 +21,7 @@ from papers10.splat.gaussians import Gaussians
 from papers10.splat.render import render
 from papers10.splat.rotations import quat_to_matrix
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="NO BROWSER: the page was NOT opened in Chromium (install chromium and chromedriver)",
-)
+FLAGS = ["--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,900"]
 
 
 def scene(n=12, *, waves=0, phases=False, seed=0, **changes):
@@ -147,28 +140,6 @@ class TestPage:
         assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    with tempfile.TemporaryDirectory() as profile:
-        options = Options()
-        options.binary_location = BROWSER
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        flags += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,900"]
-        for flag in [*flags, f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        driver.set_page_load_timeout(30)
-        driver.set_script_timeout(30)
-        yield driver
-        driver.quit()
-
-
-@needs_browser
 @pytest.mark.browser
 @pytest.mark.slow
 class TestInChromium:
