@@ -34,9 +34,9 @@ class TestAlignment:
         poses = clip.camtoworlds[1:2].double()
         exact = ev.align_test_views(scene, clip.rgb[1:2], poses, clip.Ks[1:2], [0.5], steps=0)
         start = invert_poses(se3_exp(torch.tensor([[0.02, -0.03, 0.03, 0.01, -0.012, 0.008]], **FLOAT64)) @ invert_poses(poses))
-        found = ev.align_test_views(scene, exact.color, start, clip.Ks[1:2], [0.5], steps=60, perceptual=0.0)
+        found = ev.align_test_views(scene, exact.color, start, clip.Ks[1:2], [0.5], steps=60, rotation_lr=2e-3, translation_lr=2e-3, perceptual=0.0)
         left = se3_log(invert_poses(found.camtoworlds) @ poses)[0]
-        assert math.degrees(float(left[3:].norm())) < 0.25 and float(found.psnr[0]) > float(found.start_psnr[0]) + 8  # sixty steps leave 0.20 or 0.21, by the processor's rounding
+        assert math.degrees(float(left[3:].norm())) < 0.2 and float(found.psnr[0]) > float(found.start_psnr[0]) + 8
         assert found.losses.shape == (1, 61) and found.twists.shape == (1, 61, 6) and not found.twists[0, 0].any()
         assert float(found.losses.min()) == pytest.approx(10 ** (-float(found.psnr[0]) / 10), rel=1e-3)
 
