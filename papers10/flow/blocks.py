@@ -10,6 +10,7 @@ __all__ = ['ROPES', 'CROSS', 'MODULATIONS', 'sinusoid', 'TimestepEmbedding', 'ro
 
 # %% ../../nbs/shared/flow/blocks.ipynb #71e2a7d5
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from ..core.checks import check_choice, check_range
 from ..kernels.attention import MaskSpec, attention
 from ..lm.rope import rotary, rotary_frequencies
+
+if TYPE_CHECKING:
+    from papers10.flow.cache import LayerKV
 
 ROPES = (None, "1d", "3d")
 CROSS = (None, "plain", "modulated")
@@ -157,19 +161,33 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], context: Float[Tensor, "batch keys context_dim"] | None = None, *, positions: Tensor | None = None,
         key_positions: Tensor | None = None, mask: MaskSpec | None = None, valid: tuple[Tensor, Tensor] | None = None, cu_seqlens: Tensor | None = None,
-        context_cu_seqlens: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None, past: "LayerKV | None" = None,
     ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
         """positions: [N] or [B, N] for "1d", [N, 3] or [B, N, 3] for "3d"; key_positions: of the context. mask, valid: of `kernels.attention`.
 
         cu_seqlens [S + 1]: x is [1, T, dim], the tokens of S samples one after the other, sample s in rows cu_seqlens[s] to cu_seqlens[s + 1]; context_cu_seqlens: the same
         of the context [1, K, context_dim].
+        past: part of a `cache.RollingKV`, which knows all positions; x are its newest rows. Cross-attention without a context then reads the context that was put before.
         """
+        if past is not None:
+            return self._stream(x, context, past, mask)
         if self._type == "self":
             key_positions = positions
         return self.attend(
             *self.project(x, context), positions=_per_head(positions, self.rope), key_positions=_per_head(key_positions, self.rope), mask=mask, valid=valid,
             cu_seqlens=cu_seqlens, context_cu_seqlens=context_cu_seqlens,
         )  # fmt: skip
+
+
+    def _stream(self, x: Tensor, context: Tensor | None, past: "LayerKV", mask: MaskSpec | None) -> Tensor:
+        """Attention to the past of a stream and to the newest rows."""
+        if self._type == "cross" and context is None:
+            q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        else:
+            q, k, v = self.project(x, context)
+            past.put(k if self.k_rms_norm is None else self.k_rms_norm(k), v)
+        q = q if self.q_rms_norm is None else self.q_rms_norm(q)
+        return self.to_out(past.attend(q, mask=mask).transpose(1, 2).flatten(2))
 
 
 def _per_head(positions: Tensor | None, rope: str | None) -> Tensor | None:
@@ -243,23 +261,24 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], time: Tensor, *, context: Tensor | None = None, positions: Tensor | None = None, context_positions: Tensor | None = None,
         mask: MaskSpec | None = None, cross_mask: MaskSpec | None = None, valid: tuple[Tensor, Tensor] | None = None, context_valid: tuple[Tensor, Tensor] | None = None,
-        cu_seqlens: Tensor | None = None, context_cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None, context_cu_seqlens: Tensor | None = None, past: "LayerKV | None" = None, context_past: "LayerKV | None" = None,
     ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
         """x after the block. time: τ, or the shared modulation. context: of cross-attention, refused without one. Masks and valid ranges as in `kernels.attention`.
 
         cu_seqlens, context_cu_seqlens: x and context are packed samples, as in `Attention`; time is then one a token (per_token_time).
+        past, context_past: parts of `cache.RollingKV` when x are the newest rows of a stream, as in `Attention`; without a context the one that was put before is read.
         """
-        if (context is None) != (self.cross is None):
+        if (context is None) != (self.cross is None) and not (self.cross and context_past is not None):
             raise ValueError(f"context: expected {'None without cross-attention' if self.cross is None else 'what cross-attention reads'}, got {'None' if context is None else 'a tensor'}")
         modulation = time if self.modulation is None else self.modulation(time)
         parts = _chunks(modulation, self.chunks, self.dim, x, self.per_token_time)
         shift, scale, gate = parts[:3]
-        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift, positions=positions, mask=mask, valid=valid, cu_seqlens=cu_seqlens)
+        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift, positions=positions, mask=mask, valid=valid, cu_seqlens=cu_seqlens, past=past)
         if self.cross:
             inputs = self.norm_cross(x)
             if self.cross == "modulated":
                 inputs = inputs * (1 + parts[4]) + parts[3]
-            out = self.cross_attn(inputs, context, positions=positions, key_positions=context_positions, mask=cross_mask, valid=context_valid, cu_seqlens=cu_seqlens, context_cu_seqlens=context_cu_seqlens)
+            out = self.cross_attn(inputs, context, positions=positions, key_positions=context_positions, mask=cross_mask, valid=context_valid, cu_seqlens=cu_seqlens, context_cu_seqlens=context_cu_seqlens, past=context_past)
             x = x + (parts[5] * out if self.cross == "modulated" else out)
         shift, scale, gate = parts[-3:]
         return x + gate * self.mlp(self.norm2(x) * (1 + scale) + shift)
