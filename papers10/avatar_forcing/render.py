@@ -134,7 +134,9 @@ class FaceRenderer:
         side = u.abs() - e
         hair = self._edge(_ellipse(head_u, head_v + 0.06, a + 0.08, b + 0.08))
         face = self._edge(_ellipse(head_u, head_v, a, b))
-        white = self._edge(_ellipse(side, v + 0.12, 0.085, 0.05 * (1 - blink).clamp(min=0) + 0.006))
+        # Far along the major axis of a thin ellipse the first-order distance is much too short; |side| - 0.085 is never too long.
+        lid = torch.maximum(_ellipse(side, v + 0.12, 0.085, 0.05 * (1 - blink).clamp(min=0) + 0.006), side.abs() - 0.085)
+        white = self._edge(lid)
         # The iris is not a mirror picture: both move to the same side.
         iris_u = u - e * u.detach().sign() - 0.04 * gaze
         iris = white * self._edge((iris_u.square() + (v + 0.12).square() + 1e-12).sqrt() - 0.035)
