@@ -213,6 +213,12 @@ class AvatarForcingModel(nn.Module):
         """As `CausalMotionGenerator`."""
         return self.generator(x, t, cond, ref, **options)
 
+    def forward(self, x: Float[Tensor, "n T d"], t: Float[Tensor, "n T"], ref: Float[Tensor, "n d"], *, avatar_audio: Tensor | None = None, user_audio: Tensor | None = None, user_motion: Tensor | None = None,
+                keep: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n T d"]:
+        """Velocity of whole windows from their streams: `conditions`, then `velocity` (what training calls)."""
+        cond = self.conditions(avatar_audio, user_audio, user_motion, keep=keep, batch=x.shape[0], frames=x.shape[1])
+        return self.velocity(x, t, cond, ref)
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors into `folder`."""
         folder = Path(folder)
