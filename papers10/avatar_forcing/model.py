@@ -91,8 +91,8 @@ class AvatarForcingConfig(Config):
         return MaskSpec("band", lookahead=self.lookahead)
 
     def exact_offset(self) -> int:
-        """Frames that a stream must compute again so that it equals one call (`kernels.attention.required_offset`)."""
-        return required_offset(self.self_mask, self.num_layers)
+        """Frames that a stream must compute again so that it equals one call: what `kernels.attention.required_offset` says of the mask, and at least the look-ahead of cross-attention when a layer follows it."""
+        return max(required_offset(self.self_mask, self.num_layers), self.lookahead if self.num_layers > 1 else 0)
 
 # %% ../../nbs/09_avatar_forcing/08_generator.ipynb #8b6a9cc8
 class CausalMotionGenerator(nn.Module):
