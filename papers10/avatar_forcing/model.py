@@ -26,7 +26,7 @@ from ..core.random import seeded
 from ..flow.blocks import DiTBlock, FinalLayer, Modulation, TimestepEmbedding
 from ..flow.cache import RollingKV
 from ..flow.schedule import clean_time
-from ..kernels.attention import MaskSpec, required_offset
+from ..kernels.attention import MaskSpec, key_range, required_offset
 
 STREAMS = ("avatar_audio", "user_audio", "user_motion")
 """The three live streams, in the order of every function."""
@@ -91,8 +91,19 @@ class AvatarForcingConfig(Config):
         return MaskSpec("band", lookahead=self.lookahead)
 
     def exact_offset(self) -> int:
-        """Frames that a stream must compute again so that it equals one call: what `kernels.attention.required_offset` says of the mask, and at least the look-ahead of cross-attention when a layer follows it."""
-        return max(required_offset(self.self_mask, self.num_layers), self.lookahead if self.num_layers > 1 else 0)
+        """Frames that a stream must compute again so that it equals one call.
+
+        Counted: keys of the last layer that depend on motion or conditions after the newest block. What motion does is `kernels.attention.required_offset`; conditions are seen ahead by
+        cross-attention, and self-attention carries them on. Raises ValueError for the mask "full".
+        """
+        required_offset(self.self_mask, self.num_layers)  # refuses rules without an end
+        end = self.block_size * ((self.lookahead + 1) * self.num_layers + 2)
+        places = torch.arange(end + (self.lookahead + 1) * self.block_size)
+        ahead = (key_range(self.self_mask, places)[1] - 1).clamp(max=len(places) - 1)
+        motion, conditions = places, torch.full_like(places, -1)
+        for _ in range(self.num_layers - 1):
+            motion, conditions = motion[ahead], torch.maximum(conditions[ahead], places + self.lookahead)
+        return int((torch.maximum(motion, conditions)[:end] >= end).sum())
 
 # %% ../../nbs/09_avatar_forcing/08_generator.ipynb #8b6a9cc8
 class CausalMotionGenerator(nn.Module):

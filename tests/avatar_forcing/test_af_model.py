@@ -64,6 +64,22 @@ def test_configurations_are_checked(changes, words):
         AvatarForcingConfig.small(**changes)
 
 
+@pytest.mark.parametrize(
+    "mode, layers, offset",
+    [
+        ("frame_lookahead", 1, 0), ("frame_lookahead", 2, 2), ("frame_lookahead", 8, 14), ("frame_causal", 1, 0), ("frame_causal", 8, 2), ("block_causal", 2, 2), ("block_causal", 3, 10),
+        ("block_causal", 8, 10), ("block_frame_lookahead", 3, 4), ("block_frame_lookahead", 8, 10), ("block_lookahead", 3, 20), ("block_lookahead", 8, 70), ("eq5_literal", 3, 40),
+    ],
+)  # fmt: skip
+def test_exact_offsets(mode, layers, offset):
+    assert AvatarForcingConfig.small(mask=mode, num_layers=layers).exact_offset() == offset
+
+
+def test_windows_have_no_exact_offset():
+    with pytest.raises(ValueError, match="full"):
+        AvatarForcingConfig.small(mask="full").exact_offset()
+
+
 def test_a_fresh_model_predicts_zero_and_changes_nothing():
     model, given_streams = build_model(SMALL), streams()
     kept = {name: stream.clone() for name, stream in given_streams.items()}

@@ -31,9 +31,9 @@ def streamed(model, streams, noise, ref, **options):
 
 
 @pytest.mark.parametrize("mode", ["frame_causal", "block_causal", "block_lookahead", "frame_lookahead", "block_frame_lookahead", "eq5_literal"])
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_stream_is_masked_rollout(mode, blocks):
-    model = opened(mask=mode, lookahead=1 if mode == "eq5_literal" else 2)
+@pytest.mark.parametrize("blocks, layers", [(1, 2), (3, 2), (6, 3)])
+def test_stream_is_masked_rollout(mode, blocks, layers):
+    model = opened(mask=mode, lookahead=1 if mode == "eq5_literal" else 2, num_layers=layers)
     streams, noise, ref = given(10 * blocks, n=2)
     got = streamed(model, streams, noise, ref, num_steps=2, offset="exact", window_frames=math.inf)
     torch.testing.assert_close(got, masked_rollout(model, ref, streams, noise, num_steps=2), rtol=1e-10, atol=1e-10)
