@@ -16,6 +16,7 @@ from papers10.kernels import attention as module
 from papers10.kernels.attention import (
     MODES,
     MaskSpec,
+    RingSpec,
     attention,
     attention_mask,
     attention_reference,
@@ -448,6 +449,126 @@ def test_bad_sets_are_named():
                         cu_seqlens_k=[torch.tensor([0, 1, 3]), torch.tensor([0, 3, 3])], backend="torch")  # fmt: skip
 
 
+def ring_case(capacity, length, new, heads=(2, 1), width=3, value=4, queries=None):
+    """q, k, v with a ring in front, its free slots full of NaN, and the keys and values in order, oldest first."""
+    q = draw(2, heads[0], new if queries is None else queries, width)
+    k, v = draw(2, heads[1], capacity + new, width, seed=1), draw(2, heads[1], capacity + new, value, seed=2)
+    for t in (k, v):
+        t[:, :, length:capacity] = math.nan
+    rows = [p % capacity for p in range(max(0, length - capacity), length)] + list(range(capacity, capacity + new))
+    return q, k, v, k[:, :, rows], v[:, :, rows]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    mode=st.sampled_from(MODES),
+    capacity=st.integers(1, 9),
+    length=st.one_of(st.integers(0, 30), st.integers(99990, 100010)),
+    new=st.integers(0, 6),
+    block=st.sampled_from([1, 3, 4]),
+    window=st.one_of(st.none(), st.integers(1, 8)),
+    back=st.one_of(st.none(), st.integers(-2, 5)),
+)
+def test_a_ring_is_its_keys_in_order(mode, capacity, length, new, block, window, back):
+    spec, ring = MaskSpec(mode, block, 2, window), RingSpec(capacity, length)
+    q, k, v, keys, values = ring_case(capacity, length, new, queries=new if back is None else 3)
+    q_start = length if back is None else length + new - back
+    plain = {"mask": spec, "scale": 0.8, "q_start": q_start, "k_start": max(0, length - capacity)}
+    options = {"mask": spec, "scale": 0.8, "ring": ring} | ({} if back is None else {"q_start": q_start})
+    try:
+        expected = attention_reference(q, keys, values, **plain)
+    except ValueError as problem:
+        for backend in ("reference", "torch"):
+            with pytest.raises(ValueError, match="at least one key") as found:
+                attention(q, k, v, **options, backend=backend)
+            assert str(found.value) == str(problem)
+        return
+    for backend in ("reference", "torch", "auto"):
+        assert torch.allclose(attention(q, k, v, **options, backend=backend), expected, atol=1e-12)
+    assert ring.first == max(0, length - capacity)
+    for slot, place in enumerate(ring.positions().tolist()):
+        assert place == -1 if slot >= length else place % capacity == slot and ring.first <= place < length
+
+
+@pytest.mark.parametrize("length", [0, 3, 5, 17])
+def test_gradient_of_a_ring(length):
+    q, k, v, *_ = ring_case(5, length, 4)
+    k, v = k.nan_to_num(7.0), v.nan_to_num(7.0)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    options = {"mask": MaskSpec("block_lookahead", 3, 1, window=7), "ring": RingSpec(5, length)}
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, **options, backend="torch"), leaves)
+    grads = torch.autograd.grad(attention(*leaves, **options).square().sum(), leaves)
+    wanted = torch.autograd.grad(attention_reference(*leaves, **options).square().sum(), leaves)
+    assert all(torch.allclose(a, b) for a, b in zip(grads, wanted))
+    assert not grads[1][:, :, length:5].any() and not grads[2][:, :, length:5].any()
+
+
+def test_a_stream_keeps_few_masks():
+    module._ring_table.cache_clear(), module._facts.cache_clear()
+    spec = MaskSpec("frame_lookahead", 10, 2)
+    q, k, v = draw(1, 1, 12, 4), draw(1, 1, 52, 4), draw(1, 1, 52, 4)
+    for step in range(100):
+        attention(q, k, v, mask=spec, ring=RingSpec(40, 48 + 10 * step))
+    assert module._ring_table.cache_info().misses == 4 and module._facts.cache_info().misses == 1
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"ring": (4, 3)}, TypeError, "ring: expected a RingSpec or None, got tuple"),
+        ({"ring": RingSpec(6, 3)}, ValueError, "k: expected at least as many rows as the ring holds, 6, got 5"),
+        ({"k_start": 2}, ValueError, "k_start: expected 0 with a ring"),
+        ({"valid": (torch.tensor([0]), torch.tensor([5]))}, ValueError, "valid: expected None with a ring"),
+        ({"cu_seqlens_q": torch.tensor([0, 2])}, ValueError, "ring: expected None with packed rows"),
+        ({"cu_seqlens_k": torch.tensor([0, 2])}, ValueError, "ring: expected None with packed rows"),
+        (
+            {"q_start": 900},
+            ValueError,
+            "mask: expected at least one key for every query, got none for query 0 of row 0",
+        ),
+        ({"v": torch.zeros(1, 2, 4, 3)}, ValueError, "v: expected shape"),
+        ({"q": torch.zeros(1, 2, 1, 3).long()}, TypeError, "q, k, v: expected floating tensors"),
+        ({"backend": "tritn"}, ValueError, "backend"),
+    ],
+)
+@pytest.mark.parametrize("function", [attention, attention_reference])
+def test_a_bad_ring_is_named(function, change, error, message):
+    if function is attention_reference and "backend" in change:
+        return
+    rows = torch.zeros(1, 2, 5, 3)
+    given = {"q": rows[:, :, :1], "k": rows, "v": rows, "ring": RingSpec(4, 9), "mask": MaskSpec(window=3)} | change
+    with pytest.raises(error, match=message):
+        function(**given)
+
+
+@pytest.mark.parametrize("name, values", [("capacity", (0, -1, 2.0, True, None)), ("length", (-1, 1.5, False, None))])
+def test_a_ring_has_whole_sizes(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name}: expected an integer"):
+            RingSpec(**{"capacity": 3, "length": 2, name: value})
+
+
+def test_work_of_a_ring():
+    case = dict(
+        op="attention_ring",
+        batch=3,
+        heads=2,
+        queries=4,
+        keys=4,
+        capacity=5,
+        length=3,
+        width=8,
+        value_width=6,
+        mode="causal",
+    )
+    # 3 keys in the ring and 4 new ones: the queries see 4, 5, 6 and 7; 14 products each, and 7 rows of keys to read.
+    assert module._flops(case) == 2 * 3 * 2 * (4 + 5 + 6 + 7) * 14
+    assert module._bytes(case) == 4 * 3 * 2 * (4 + 7) * 14
+    full = {**case, "length": 1000}
+    assert module._flops(full) == 2 * 3 * 2 * (6 + 7 + 8 + 9) * 14 and module._bytes(full) == 4 * 3 * 2 * (4 + 9) * 14
+    assert module._flops({**case, "direction": "backward"}) == module._bytes({**case, "direction": "backward"}) == 0
+
+
 def test_required_offset_and_ranges():
     assert required_offset(MaskSpec("frame_causal"), 8) == 0
     assert required_offset(MaskSpec("block_frame_lookahead", 10, 2), 8) == 0
@@ -459,7 +580,7 @@ def test_required_offset_and_ranges():
 
 INTERPRETED = """
 import torch
-from papers10.kernels.attention import MODES, MaskSpec, attention, attention_reference, multi_attention, multi_attention_reference
+from papers10.kernels.attention import MODES, MaskSpec, RingSpec, attention, attention_reference, multi_attention, multi_attention_reference
 
 def compare(batch, heads, queries, keys, width, value, spec, **options):
     draw = torch.Generator().manual_seed(queries)
@@ -479,6 +600,35 @@ for mode in MODES:
     compare(1, (2, 1), 40, 52, 8, 5, MaskSpec(mode, 3, 2), q_start=6)
     compare(1, (1, 1), 50, 60, 4, 4, MaskSpec(mode, 4, 1, window=7), q_start=9, k_start=1, scale=-0.3)
 compare(1, (1, 1), 66, 66, 4, 4, MaskSpec("band", 7, 40, window=5), q_start=-9, k_start=-9)
+# Tiles of keys that no query of a tile sees are not read, neither forward nor backward: NaN beyond them stays out.
+for mode in ("block_lookahead", "frame_lookahead", "eq5_literal"):
+    spec, draw = MaskSpec(mode, 4, 2, window=20), torch.Generator().manual_seed(2)
+    leaves = [torch.randn(1, 1, 104, 4, generator=draw) for _ in range(3)]
+    short = [leaves[0][:, :, :64].double().requires_grad_(), *(t[:, :, :96].double().requires_grad_() for t in leaves[1:])]
+    for t in leaves[1:]:
+        t[:, :, 96:] = float("nan")
+    leaves = [t.requires_grad_() for t in leaves]
+    out, wanted = attention(*leaves, mask=spec, backend="triton")[:, :, :64], attention_reference(*short, mask=spec)
+    found, right = [out, *torch.autograd.grad(out.square().sum(), leaves)], [wanted, *torch.autograd.grad(wanted.square().sum(), short)]
+    for a, b, count in zip(found, right, (64, 64, 32, 32)):
+        assert torch.allclose(a[:, :, :count].double(), b[:, :, :count], atol=2e-5), mode
+
+with torch.no_grad():
+    for capacity, length, new, window in ((50, 7, 17, None), (70, 205, 5, 30)):
+        q, k, v = (torch.randn(1, 1, rows, 8) for rows in (new, capacity + new, capacity + new))
+        for t in (k, v):
+            t[:, :, length:capacity] = float("nan")
+        options = dict(mask=MaskSpec("frame_lookahead", 10, 2, window), ring=RingSpec(capacity, length))
+        assert torch.allclose(attention(q, k, v, **options, backend="triton"), attention_reference(q, k, v, **options), atol=2e-5)
+    assert attention(q[:0], k[:0], v[:0], **options, backend="triton").shape == (0, 1, 5, 8)
+    # Rows outside the window are not read either; the torch path, which multiplies them by 0, would give NaN.
+    k[:, :, :70][:, :, RingSpec(70, 205).positions() < 140] = float("nan")
+    assert attention(q, k, v, **options, backend="triton").isfinite().all()
+    torch.library.opcheck(torch.ops.papers10.attention_ring.default, (q, k, v, 70, 205, "frame_lookahead", 10, 2, 30, 205, 0.5), test_utils=("test_schema", "test_faketensor"))
+try: attention(q.requires_grad_(), k, v, ring=RingSpec(70, 205), backend="triton")
+except RuntimeError as problem: print(problem)
+try: attention(q.detach(), k, v, mask=MaskSpec(window=2), q_start=400, ring=RingSpec(70, 205), backend="triton")
+except ValueError as problem: print(problem)
 valid = torch.tensor([5, 0]), torch.tensor([70, 33])
 out, grad_q, grad_k, grad_v = compare(2, (2, 2), 70, 70, 17, 3, MaskSpec(window=9), valid=valid)
 for t in (out, grad_q, grad_k, grad_v):
@@ -565,6 +715,8 @@ def test_triton_in_the_interpreter():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     starts = (
+        "attention: the Triton path has no gradient with a ring",
+        "mask: expected at least one key for every query, got none for query 0 of row 0",
         "set 1: mask: expected at least one key for every query, got none for query 0 of row 0",
         "backend: expected at most 3 sets that count for 'triton', got 4",
         "attention: the Triton path has no second derivative",
@@ -605,6 +757,27 @@ def test_auto_leaves_to_pytorch_what_it_has_a_kernel_for(monkeypatch):
     attention(q, q, q, mask=MaskSpec()), attention(q, q, q, mask=MaskSpec(window=20))
     attention(q[:, :, -1:], q, q, mask=MaskSpec(window=3), q_start=19)
     assert skipped[6:] == [True] * 3
+
+
+def test_what_auto_leaves_to_pytorch_of_a_ring(monkeypatch):
+    skipped = []
+
+    def resolve(requested, tensor, available, *, kernel, auto_skips):
+        skipped.append("triton" in auto_skips)
+        return "torch"
+
+    monkeypatch.setattr(module, "resolve_backend", resolve)
+    q, k = draw(1, 1, 3, 4).float(), draw(1, 1, 8, 4).float()
+    attention(q, k, k, mask=MaskSpec(), ring=RingSpec(5, 20))
+    assert skipped == [False]
+    attention(q, k, k, ring=RingSpec(5, 20)), attention(q, k, k, mask=MaskSpec("full"), ring=RingSpec(5, 5))
+    attention(q.double(), k.double(), k.double(), mask=MaskSpec(), ring=RingSpec(5, 20))
+    attention(q.clone().requires_grad_(), k, k, mask=MaskSpec(), ring=RingSpec(5, 20))
+    assert skipped[1:] == [True] * 4
+    # A ring that is not full would have to be cut first.
+    del skipped[:]
+    attention(q, k, k, ring=RingSpec(5, 2))
+    assert skipped[0] is False
 
 
 def test_what_auto_leaves_to_pytorch_of_sets_and_packed_rows(monkeypatch):
@@ -659,6 +832,23 @@ def test_triton_on_the_card(dtype, heads, queries, keys, width, value, spec, pad
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     for a, b in zip(found, right):
         assert (a.double() - b).abs().max() <= limit * b.abs().max().clamp_min(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capacity, length, new", [(38, 1000, 12), (50, 13, 12), (4096, 10007, 12), (300, 777, 100)])
+def test_a_ring_on_the_card(dtype, capacity, length, new):
+    q, k, v = (
+        draw(3, 4, rows, 64, seed=s).cuda().to(dtype) for s, rows in enumerate((new, capacity + new, capacity + new))
+    )
+    k[:, :, length:capacity] = math.nan
+    for spec in (MaskSpec("frame_lookahead", 10, 2), MaskSpec("block_lookahead", 10, 2, window=31)):
+        options = {"mask": spec, "ring": RingSpec(capacity, length)}
+        out = attention(q, k, v, **options)
+        assert last_backend("attention") == "triton"
+        expected = attention_reference(q.double(), k.double(), v.double(), **options)
+        assert (out.double() - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.gpu
