@@ -139,7 +139,7 @@ class CausalMotionGenerator(nn.Module):
     ) -> Float[Tensor, "n T d"]:  # fmt: skip
         """Velocity (clean − noise) of the frames start … start + T − 1.
 
-        t: levels in [0, 1], 1 is clean; or `time_vectors` of them (first dimension n or 1). mask: of self-attention, the configuration's when not given.
+        t: levels in [0, 1], 1 is clean, [n, T], or [n, T / block_size] with one a block; or `time_vectors` of them (first dimension n or 1). mask: of self-attention, the configuration's when not given.
         past: caches of `new_caches`; the frames are then the newest of a stream, at the caches' length. cond None: the conditions that were given with the last call are used again.
         Raises ValueError for shapes that do not fit.
         """
@@ -151,9 +151,12 @@ class CausalMotionGenerator(nn.Module):
         if cond is None and past is None:
             raise ValueError("cond: expected conditions, got None without caches of a stream")
         if time_vectors is None:
-            if t is None or t.shape != (n, frames):
-                raise ValueError(f"t: expected shape {[n, frames]}, got {None if t is None else list(t.shape)}")
+            block = self.config.block_size
+            if t is None or t.shape not in ((n, frames), (n, frames / block)):
+                raise ValueError(f"t: expected shape {[n, frames]}, or one level a block, got {None if t is None else list(t.shape)}")
             time_vectors = self.time_vectors(t)
+            if t.shape[1] != frames:
+                time_vectors = tuple(vectors.repeat_interleave(block, 1) for vectors in time_vectors)
         modulation, embedded = (vectors.expand(n, -1, -1) for vectors in time_vectors)
         y = self.embed(torch.cat((x, ref[:, None].expand(-1, frames, -1)), -1))
         rules = {"mask": mask or self.config.self_mask, "cross_mask": self.config.cross_mask}

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.checks import check_choice, check_range
-from ..kernels.attention import MaskSpec, attention
+from ..kernels.attention import MaskSpec, RingSpec, attention
 from ..lm.rope import rebase, rotary
 
 PLACES = ("auto", "same", "cpu", "pinned", "disk")
@@ -306,19 +306,20 @@ class RollingKV:
         if capacity is not None:
             check_range("capacity", capacity, 0)
         self.num_layers, self.capacity, self.rope, self.base = num_layers, capacity, rope, base
+        self._held = _ROOM
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.length = self.origin = self.pending = 0
-        if not hasattr(self, "_past"):
-            self._past: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
-        self._new: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
+        if not hasattr(self, "_buffers"):
+            self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * self.num_layers
+        self._placed = [-1] * self.num_layers  # rows that the last put of each layer placed; -1: none since the last commit
 
     @property
     def nbytes(self) -> int:
         """Memory of ring and rows."""
-        return sum(t.nbytes for pair in (*self._past, *self._new) if pair is not None for t in pair)
+        return sum(t.nbytes for pair in self._buffers if pair is not None for t in pair)
 
     def layer(self, index: int) -> "LayerKV":
         """The part of one attention, to hand to `blocks.Attention`."""
@@ -326,14 +327,11 @@ class RollingKV:
         return LayerKV(self, index)
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotary(x, positions, base=self.base, layout="interleaved")
+        return rotary(x, positions - self.origin, base=self.base, layout="interleaved")
 
     def _slots(self) -> int:
-        past = next((pair for pair in self._past if pair is not None), None)
-        return 0 if past is None else past[0].shape[2]
-
-    def _allocate(self, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        return tuple(t.new_zeros(*t.shape[:2], slots, t.shape[3]) for t in (k, v))
+        """Slots of the ring; an unbounded past has more of them the longer it is."""
+        return self._held if self.capacity is None else self.capacity
 
     def put(self, layer: int, k: Float[Tensor, "batch heads rows width"], v: Float[Tensor, "batch heads rows width"]) -> None:
         """Rows at positions length, length + 1, …, as projected (normed, not rotated); they replace what the last `put` of this layer placed.
@@ -342,71 +340,84 @@ class RollingKV:
         """
         if k.ndim != 4 or k.shape[:3] != v.shape[:3]:
             raise ValueError(f"k, v: expected [batch, heads, rows, width] twice, got {list(k.shape)} and {list(v.shape)}")
-        past = self._past[layer]
-        if past is not None and any(old.shape[:2] != new.shape[:2] or old.shape[3] != new.shape[3] for old, new in zip(past, (k, v))):
-            if self.length:
-                raise ValueError(f"k, v: expected batch, heads and widths of the past, {list(past[0].shape)}, got {list(k.shape)}")
-            past = None
-        if past is None:
-            self._past[layer] = self._allocate(k, v, self._slots() or (_ROOM if self.capacity is None else self.capacity))
-        self.pending = k.shape[2]
+        held, rows, slots = self._buffers[layer], k.shape[2], self._slots()
+        fits = held is not None and all(old.shape[:2] == new.shape[:2] and old.shape[3] == new.shape[3] for old, new in zip(held, (k, v)))
+        if held is not None and not fits and self.length:
+            raise ValueError(f"k, v: expected batch, heads and widths of the past, {list(held[0].shape)}, got {list(k.shape)}")
+        if not fits or held[0].shape[2] < slots + rows:
+            # Outside of inference mode, so that a cache that one mode filled can be used in another.
+            with torch.inference_mode(False), torch.no_grad():
+                made = tuple(torch.zeros((*new.shape[:2], slots + rows, new.shape[3]), dtype=new.dtype, device=new.device) for new in (k, v))
+                if fits:
+                    for old, new in zip(held, made):
+                        new[:, :, :slots] = old[:, :, :slots]
+            self._buffers[layer] = held = made
         if self.rope == "rebase":
-            k = self._turned(k, self._places(self.length, self.pending, k.device))
-        self._new[layer] = (k.detach(), v.detach())
-
-    def _places(self, first: int, count: int, device) -> Tensor:
-        return torch.arange(first - self.origin, first - self.origin + count, device=device)
+            k = self._turned(k, torch.arange(self.length, self.length + rows, device=k.device))
+        with torch.no_grad():
+            for old, new in zip(held, (k, v)):
+                old[:, :, slots : slots + rows] = new
+        self.pending = self._placed[layer] = rows
 
     def attend(self, layer: int, q: Float[Tensor, "batch heads rows width"], *, mask: MaskSpec | None = None, scale: float | None = None) -> Float[Tensor, "batch heads rows width"]:
         """What queries at the last rows see of past and present; mask: rule on positions (None: everything that is kept). Raises ValueError before `put`."""
-        if self._new[layer] is None:
+        if self._placed[layer] < 0:
             raise ValueError(f"layer {layer}: expected put before attend")
-        (k, v), (past_k, past_v) = self._new[layer], self._past[layer]
-        first = self.length + self.pending - q.shape[2]
+        slots, first = self._slots(), self.length + self.pending - q.shape[2]
         if self.rope is not None:
-            q = self._turned(q, self._places(first, q.shape[2], q.device))
-        kept = min(self.length, past_k.shape[2])
-        start = self.length - kept
-        if kept:
-            slots = torch.arange(start, self.length, device=q.device) % past_k.shape[2]
-            k, v = torch.cat((past_k[:, :, slots], k), 2), torch.cat((past_v[:, :, slots], v), 2)
+            q = self._turned(q, torch.arange(first, first + q.shape[2], device=q.device))
+        k, v = (t[:, :, : slots + self.pending] for t in self._buffers[layer])
+        ring = RingSpec(slots, self.length) if slots else None
         if self.rope == "relative":
-            k = self._turned(k, self._places(start, k.shape[2], q.device))
-        return attention(q, k, v, mask=mask, scale=scale, q_start=first, k_start=start)
+            new = torch.arange(self.length, self.length + self.pending)
+            k = self._turned(k, (torch.cat((ring.positions(), new)) if ring else new).to(k.device))
+        if ring is None:
+            return attention(q, k, v, mask=mask, scale=scale, q_start=first, k_start=self.length)
+        return attention(q, k, v, mask=mask, scale=scale, q_start=first, ring=ring)
 
     def commit(self, count: int) -> None:
         """The first `count` rows of every layer become past; the others are forgotten, the next block computes them again. Raises ValueError for more rows than there are."""
         check_range("count", count, 0, self.pending)
-        if any(new is None or new[0].shape[2] != self.pending for new in self._new):
+        if any(placed != self.pending for placed in self._placed):
             raise ValueError("commit: expected a put of the same number of rows in every layer since the last commit")
-        if self.capacity is None:
-            self._grow(self.length + count)
-        slots = self._slots()
-        kept = min(count, slots)
-        if kept:
-            places = torch.arange(self.length + count - kept, self.length + count) % slots
-            for past, new in zip(self._past, self._new):
-                for old, rows in zip(past, new):
-                    old[:, :, places.to(old.device)] = rows[:, :, count - kept : count].to(old.dtype)
-        self.length += count
-        self.pending, self._new = 0, [None] * self.num_layers
-        if self.rope is not None and slots and self.capacity is not None and self.length - self.origin > 4 * slots:
-            self._move_origin(self.length - slots)
+        slots, kept = self._slots(), min(count, self._slots()) if self.capacity is not None else count
+        with torch.no_grad():
+            if self.capacity is None and self.length + count > slots:
+                slots = self._grow(self.length + count)
+            elif kept:
+                places = torch.arange(self.length + count - kept, self.length + count) % slots
+                for held in self._buffers:
+                    for t in held:
+                        t[:, :, places.to(t.device)] = t[:, :, slots + count - kept : slots + count].clone()
+            self.length += count
+            self.pending, self._placed = 0, [-1] * self.num_layers
+            if self.rope is not None and slots and self.capacity is not None and self.length - self.origin > 4 * slots:
+                self._move_origin(self.length - slots)
 
     def _move_origin(self, origin: int) -> None:
         shift, self.origin = origin - self.origin, origin
         if self.rope == "rebase":
-            self._past = [(rebase(keys, -shift, base=self.base, layout="interleaved"), values) for keys, values in self._past]
+            for keys, _ in self._buffers:
+                slots = self._slots()
+                keys[:, :, :slots] = rebase(keys[:, :, :slots], -shift, base=self.base, layout="interleaved")
 
-    def _grow(self, wanted: int) -> None:
-        slots = self._slots()
-        if wanted > slots:
-            # Nothing has wrapped around yet, so slots keep their places.
-            self._past = [tuple(torch.cat((old, old.new_zeros(*old.shape[:2], max(wanted, 2 * slots) - slots, old.shape[3])), 2) for old in past) for past in self._past]
+    def _grow(self, wanted: int) -> int:
+        """More slots; nothing has wrapped around yet, so past and new rows simply follow each other."""
+        slots, more = self._held, max(wanted, 2 * self._held)
+        count = wanted - self.length
+        with torch.inference_mode(False):
+            for layer, held in enumerate(self._buffers):
+                made = tuple(torch.zeros((*t.shape[:2], more + t.shape[2] - slots, t.shape[3]), dtype=t.dtype, device=t.device) for t in held)
+                for old, new in zip(held, made):
+                    new[:, :, : self.length] = old[:, :, : self.length]
+                    new[:, :, self.length : wanted] = old[:, :, slots : slots + count]
+                self._buffers[layer] = made
+        self._held = more
+        return more
 
     def state_dict(self) -> dict[str, Any]:
         """Everything between two commits, as tensors and numbers."""
-        tensors = {f"{name}.{layer}": t.clone() for layer, past in enumerate(self._past) if past is not None for name, t in zip(("keys", "values"), past)}
+        tensors = {f"{name}.{layer}": t[:, :, : self._slots()].clone() for layer, held in enumerate(self._buffers) if held is not None for name, t in zip(("keys", "values"), held)}
         return {"length": self.length, "origin": self.origin, **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -418,7 +429,10 @@ class RollingKV:
             raise ValueError(f"state: expected {self.capacity} slots, got {state['keys.0'].shape[2]}")
         self.reset()
         self.length, self.origin = int(state["length"]), int(state["origin"])
-        self._past = [(state[f"keys.{layer}"].clone(), state[f"values.{layer}"].clone()) if layers else None for layer in range(self.num_layers)]
+        if layers:
+            self._held = state["keys.0"].shape[2]
+            with torch.inference_mode(False):
+                self._buffers = [(state[f"keys.{layer}"].clone(), state[f"values.{layer}"].clone()) for layer in range(self.num_layers)]
 
 
 class LayerKV:

@@ -60,7 +60,7 @@ def test_an_unbounded_past_grows_and_a_ring_does_not():
             stream.commit(10)
         sizes[capacity] = stream.nbytes
         assert stream.length == 400
-    assert sizes[None] > 10 * sizes[20] and sizes[20] == 2 * 20 * 4 * 8
+    assert sizes[None] > 10 * sizes[20] and sizes[20] == 2 * (20 + 10) * 4 * 8
 
 
 def test_rebased_and_relative_agree_at_a_hundred_thousand():
