@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/09_avatar_forcing/released_models.html
 __all__ = ['LICENCE', 'GENERATOR_PARAMETERS', 'AUTOENCODER_PARAMETERS', 'TABLE', 'OFFICIAL_NAMES', 'OfficialMotionAutoencoder',
            'tau_of', 'time_of', 'code_velocity', 'snapped', 'ReleasedGrid', 'released_grid', 'released_euler',
            'released_session', 'map_names', 'full_name', 'to_official', 'LoadReport', 'read_release', 'config_of',
-           'Release', 'from_official']
+           'Release', 'autoencoder_from_official', 'from_official']
 
 # %% ../../nbs/09_avatar_forcing/16_released_models.ipynb #5044e2d5
 import math
@@ -545,6 +545,39 @@ class Release(NamedTuple):
     report: LoadReport
 
 
+def _inside(folder: Path, stem: str) -> Path | None:
+    return next((folder / f"{stem}{end}" for end in (".safetensors", ".pth", ".pt") if (folder / f"{stem}{end}").is_file()), None)
+
+
+def _resolved(path: str | Path, stem: str) -> tuple[Path, Path | None]:
+    """(file, its folder where a folder or a data source was named)."""
+    from papers10.core.data import locate
+
+    place = Path(path).expanduser()
+    if not place.exists() and "/" not in str(path) and not place.suffix:
+        place = Path(locate(str(path)))
+    return (_inside(place, stem) or place / f"{stem}.pth", place) if place.is_dir() else (place, None)
+
+
+def _accepted(report: LoadReport, name: str, strict: bool, verbose: bool) -> None:
+    if verbose:
+        print(report, flush=True)
+    if strict and not report.complete:
+        raise RuntimeError(f"{name}: expected the released layout\n{report}")
+
+
+def autoencoder_from_official(path: str | Path = "avatar-forcing-weights", strict: bool = True, *, device: str | torch.device = "cpu", verbose: bool = True) -> OfficialMotionAutoencoder:
+    """The released auto-encoder alone; path: motion_autoencoder.pth (or .safetensors), a folder with it, or the name of the data source. Other arguments and errors as `from_official`."""
+    if verbose:
+        print(LICENCE, flush=True)
+    file, _ = _resolved(path, "motion_autoencoder")
+    tensors = {name: value for name, value in read_release(file).items() if not name.startswith(("flow_transformer.", "audio_encoder."))}
+    autoencoder = OfficialMotionAutoencoder(**_autoencoder_sizes(tensors))
+    report = _fill({f"motion_autoencoder.{name}": [value] for name, value in autoencoder.state_dict().items()}, tensors)
+    _accepted(report, file.name, strict, verbose)
+    return autoencoder.to(device).eval().requires_grad_(False)
+
+
 def from_official(
     flow_path: str | Path = "avatar-forcing-weights", ae_path: str | Path | None = None, wav2vec: Any = None, strict: bool = True, *, device: str | torch.device = "cpu", verbose: bool = True, **changes: Any
 ) -> Release:
@@ -559,20 +592,14 @@ def from_official(
     Raises:
         FileNotFoundError, DataMissing: no such file. RuntimeError: with `strict`, all names that do not fit. ValueError: not a file of tensors, or of another model.
     """
-    from papers10.core.data import locate
-
     if verbose:
         print(LICENCE, flush=True)
-    path = Path(flow_path).expanduser()
-    if not path.exists() and "/" not in str(flow_path) and not path.suffix:
-        path = Path(locate(str(flow_path)))
-    if path.is_dir():
-        find = lambda stem: next((path / f"{stem}{end}" for end in (".safetensors", ".pth", ".pt") if (path / f"{stem}{end}").is_file()), None)
-        ae_path = ae_path or find("motion_autoencoder")
-        path = find("flow_transformer") or path / "flow_transformer.pth"
+    path, folder = _resolved(flow_path, "flow_transformer")
+    if ae_path is None and folder is not None:
+        ae_path = _inside(folder, "motion_autoencoder")
     tensors = read_release(path)
     if ae_path is not None:
-        tensors |= read_release(ae_path)
+        tensors |= read_release(_resolved(ae_path, "motion_autoencoder")[0])
     model = AvatarForcingModel(config_of(tensors, **changes))
     own = model.state_dict()
     targets = {theirs: [own[name] for name in ours] for theirs, ours in map_names(model.config.num_layers).items()}
@@ -581,10 +608,7 @@ def from_official(
         autoencoder = OfficialMotionAutoencoder(**_autoencoder_sizes(tensors))
         targets |= {f"motion_autoencoder.{name}": [value] for name, value in autoencoder.state_dict().items()}
     report = _fill(targets, tensors)
-    if verbose:
-        print(report, flush=True)
-    if strict and not report.complete:
-        raise RuntimeError(f"{path.name}: the files do not fit the released layout\n{report}")
+    _accepted(report, path.name, strict, verbose)
     audio = None if wav2vec is None else Wav2Vec2Features(wav2vec, layers="all12" if model.config.audio_features % 12 == 0 else "last")
     made = [None if part is None else part.to(device).eval().requires_grad_(False) for part in (model, autoencoder)]
     return Release(*made, audio, report)

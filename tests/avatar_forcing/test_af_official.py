@@ -461,6 +461,17 @@ def test_whole_model_in_one_file_and_nested(tmp_path, model, autoencoder):
     model.double()
 
 
+def test_the_autoencoder_alone(tmp_path, autoencoder):
+    parts = {name: value.float() for name, value in official.to_official(autoencoder, prefix=False).items()}
+    path = written(tmp_path, parts, "motion_autoencoder.safetensors")
+    for place in (path, tmp_path):
+        assert same(official.autoencoder_from_official(place, verbose=False), autoencoder.float())
+    autoencoder.double()
+    del parts["dec.to_rgb1.bias"]
+    with pytest.raises(RuntimeError, match=r"missing \(1\): motion_autoencoder.dec.to_rgb1.bias"):
+        official.autoencoder_from_official(written(tmp_path, parts, "motion_autoencoder.pth"), verbose=False)
+
+
 def test_without_an_autoencoder(tmp_path, model):
     release = official.from_official(written(tmp_path, official.to_official(model)), num_heads=4, verbose=False, mask="full")
     assert release.autoencoder is None and release.model.config.mask == "full"
