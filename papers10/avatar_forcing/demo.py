@@ -1235,11 +1235,11 @@ def _png(picture: UInt8[Tensor, "H W 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def live_widget(conversations: ConversationHost | None = None, *, live: bool | None = None, seconds: float = 10.0, script: Callable[[float], Mapping[str, Any]] = small_talk, **options: Any) -> None:
+def live_widget(conversations: ConversationHost | None = None, *, live: bool | None = None, seconds: float = 6.0, script: Callable[[float], Mapping[str, Any]] = small_talk, max_bytes: int = 100_000, **options: Any) -> None:
     """Shows the widget where somebody sits in front of the kernel, and always a rehearsed talk.
 
     Args:
-        conversations: None makes a `ConversationHost(**options)`. live: overrules the guess whether somebody is there. seconds, script: of the rehearsed talk; see `rehearse`.
+        conversations: None makes a `ConversationHost(**options)`. live: overrules the guess whether somebody is there. seconds, script: of the rehearsed talk; see `rehearse`. max_bytes: of its film.
     """
     from papers10.core.media import show_video
     from papers10.core.plots import interactive
@@ -1249,7 +1249,7 @@ def live_widget(conversations: ConversationHost | None = None, *, live: bool | N
     def recorded() -> Any:
         conversation = host.new_conversation()
         try:
-            return show_video(side_by_side(rehearse(conversation, script, seconds), 2), host.fps, alt="a drawn user at the left smiles, nods and turns; the drawn avatar at the right answers")
+            return show_video(side_by_side(rehearse(conversation, script, seconds)), host.fps, alt="a drawn user at the left smiles, nods and turns; the drawn avatar at the right answers", max_bytes=max_bytes)
         finally:
             conversation.close()
 
