@@ -50,16 +50,16 @@ class DualMotionEncoder(nn.Module):
         return MaskSpec("block_causal", self.block_size, window=self.memory + 1 if self.mask == "block_causal" else None)
 
     def new_cache(self) -> RollingKV:
-        """What a stream keeps: keys and values of `memory` frames for both attentions. Raises ValueError for masks that see the future or everything."""
-        if self.mask != "block_causal":
-            raise ValueError(f"mask: expected 'block_causal' for a stream with a cache, got {self.mask!r}")
-        return RollingKV(2, self.memory, rope="rebase" if self.user_attention.rope else None, base=self.user_attention.base)
+        """What a stream keeps: keys and values of `memory` frames for both attentions, or of all for the mask "window". Raises ValueError for "full", which sees the future."""
+        if self.mask == "full":
+            raise ValueError("mask: expected 'block_causal' or 'window' for a stream with a cache, got 'full'")
+        return RollingKV(2, self.memory if self.mask == "block_causal" else None, rope="rebase" if self.user_attention.rope else None, base=self.user_attention.base)
 
-    def forward(self, user_audio: Float[Tensor, "n T d_a"], user_motion: Float[Tensor, "n T d"], avatar_audio: Float[Tensor, "n T d_a"], *, start: int = 0, cache: RollingKV | None = None) -> Float[Tensor, "n T h"]:
+    def forward(self, user_audio: Float[Tensor, "n T d_a"], user_motion: Float[Tensor, "n T d"], avatar_audio: Float[Tensor, "n T d_a"], *, start: int = 0, cache: RollingKV | None = None, commit: bool = True) -> Float[Tensor, "n T h"]:
         """Conditions of frames start … start + T − 1.
 
         start: absolute number of the first frame (blocks are counted from frame 0). cache: of `new_cache`; the frames are then the newest of a stream, whole blocks, and are
-        committed; start must be the cache's length. Raises ValueError for streams of different lengths, widths, a start off the cache, or blocks in pieces.
+        committed unless `commit` is False; start must be the cache's length. Raises ValueError for streams of different lengths, widths, a start off the cache, or blocks in pieces.
         """
         n, frames = avatar_audio.shape[:2]
         for name, stream, width in (("user_audio", user_audio, self.dim_audio), ("user_motion", user_motion, self.dim_motion), ("avatar_audio", avatar_audio, self.dim_audio)):
@@ -79,6 +79,6 @@ class DualMotionEncoder(nn.Module):
             attend = lambda attention, x, context, part: attention(x, context, past=LayerKV(cache, part), mask=self.rule)
         user = nn.functional.silu(self.norm_user(q + attend(self.user_attention, q, user_audio, 0)))
         condition = self.to_condition(nn.functional.silu(self.norm_avatar(avatar_audio + attend(self.avatar_attention, avatar_audio, user, 1))))
-        if cache is not None:
+        if cache is not None and commit:
             cache.commit(frames)
         return condition

@@ -7,8 +7,8 @@ Docs: https://papers10.github.io/papers10/09_avatar_forcing/experiments.html.md"
 # %% auto #0
 __all__ = ['ARMS', 'MEASURES', 'SETS', 'NORM_ARMS', 'PREFERENCE_ARMS', 'HORIZON_ARMS', 'BASELINE_ARMS', 'Scale', 'use',
            'training_clips', 'test_clips', 'arm_config', 'trained', 'measure', 'rollout', 'quality', 'truth',
-           'quality_trial', 'exact_trial', 'Preference', 'preference_trial', 'horizon_trial', 'baseline_trial',
-           'guidance_trial', 'latency_trial', 'train_small']
+           'quality_trial', 'exact_trial', 'Preference', 'preference_trial', 'norm_trial', 'horizon_trial',
+           'baseline_trial', 'guidance_trial', 'latency_trial', 'train_small']
 
 # %% ../../nbs/09_avatar_forcing/21_experiments.ipynb #b2e4c3d1
 import functools
@@ -39,8 +39,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "branches": {"dropout_scheme": "branches"},
     "l2": {"norm": "l2"},
     "huber": {"norm": "huber"},
-    "block_5": {"block_size": 5},
-    "block_25": {"block_size": 25},
+    "block_5": {"block_size": 5, "condition_memory": 45},
+    "block_25": {"block_size": 25, "condition_memory": 25},
 }
 """arm -> changes of the configuration. "base" is the paper's design with positions in cross-attention and a causal rule for conditions. Other words after "+": "ar" (clean past while training), "expressive" (no stiff listeners)."""
 
@@ -228,25 +228,39 @@ def preference_trial(arm: str, seed: int, scale: Scale = Scale(), preference: Pr
     return found
 
 # %% ../../nbs/09_avatar_forcing/21_experiments.ipynb #6b2cb7e9
+def norm_trial(arm: str, seed: int, scale: Scale = Scale(), steps: int = 2500) -> dict[str, Any]:
+    """`measure` of an arm of `NORM_ARMS` after `steps` steps, long enough that the reaction is learned (early in training the arms differ in speed). Source: paper appendix D.2 (L1); our hypothesis."""
+    return quality_trial(NORM_ARMS[check_choice("arm", arm, NORM_ARMS)], seed, scale._replace(steps=steps))
+
+
 HORIZON_ARMS = ("base", "anchored", "ar", "ar_anchored")
 
 
 def horizon_trial(arm: str, seed: int, scale: Scale = Scale(), *, frames: int = 2000, clips: int = 8) -> dict[str, Any]:
-    """A stream of `frames` frames. Returns as items, for each clip: distance of the slow part from the portrait in the first and the last 200 frames, the lips there, and seams.
+    """A stream of `frames` frames that goes on from 40 recorded ones, so that no arm begins with a past that it has not been trained on.
 
-    arm: "base" (diffusion forcing), "ar" (trained with a clean past), each also with a `PoseAnchor`. Source: paper appendix D.4 (AR diffusion), third-party pose anchor.
+    Returns as items, for each clip, of the first and last 200 generated frames: `drift`, distance of their mean from the mean of the training conversations; `lip`, `gain`.
+    arm: "base" (diffusion forcing), "ar" (trained with a clean past), each also with a `PoseAnchor` measured on training conversations. Source: paper appendix D.4 (AR
+    diffusion), third-party pose anchor.
     """
     from papers10.avatar_forcing.anchor import PoseAnchor
 
     check_choice("arm", arm, HORIZON_ARMS)
     model = trained("base+ar" if arm.startswith("ar") else "base", seed, scale)
-    long, _ = test_clips(clips, frames)
-    ref = long["avatar_motion"][:, 0]
-    motion = rollout(model, long, seed, scale, anchor=PoseAnchor(ref) if "anchored" in arm else None)
-    away = drift(motion, ref, window=200)
-    true = drift(long["avatar_motion"], ref, window=200)
+    long, _ = test_clips(clips, frames + 40)
+    home = training_clips(seed, scale.train_clips, scale.train_frames)["avatar_motion"].mean((0, 1)).expand(clips, -1)
+    anchor = PoseAnchor.from_motion(training_clips(seed, scale.train_clips, scale.train_frames)["avatar_motion"], clips) if "anchored" in arm else None
+    run = StreamingSession(model, long["avatar_motion"][:, 0], cfg_audio=scale.cfg_audio, cfg_user=scale.cfg_user, num_steps=scale.num_steps, seed=seed)
+    blocks = []
+    for start in range(0, frames + 40, 10):
+        rows = slice(start, start + 10)
+        run.anchor = anchor if start >= 40 else None
+        known = long["avatar_motion"][:, rows] if start < 40 else None
+        blocks.append(run.step(**{name: long[name][:, rows] for name in STREAMS}, motion=known).motion.cpu())
+    motion, long = torch.cat(blocks[4:], 1), {name: stream[:, 40:] for name, stream in long.items()}
+    away = drift(motion, home, window=200)
     ends = {"first": slice(0, 200), "last": slice(frames - 200, frames)}
-    items: dict[str, dict[str, float]] = {f"drift_{name}": {str(clip): float(away[clip, place] - true[clip, place]) for clip in range(clips)} for name, place in (("first", 0), ("last", -1))}
+    items: dict[str, dict[str, float]] = {f"drift_{name}": {str(clip): float(away[clip, place]) for clip in range(clips)} for name, place in (("first", 0), ("last", -1))}
     for name, rows in ends.items():
         items[f"lip_{name}"] = {str(clip): float(lip_corr(motion[clip : clip + 1, rows], long["avatar_audio"][clip : clip + 1, rows])) for clip in range(clips)}
         items[f"gain_{name}"] = {str(clip): value for clip, value in enumerate(reaction_gain(long["user_motion"][:, rows], motion[:, rows], 8, reduction="per_clip").tolist()) if math.isfinite(value)}

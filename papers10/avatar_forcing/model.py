@@ -181,11 +181,13 @@ class AvatarForcingModel(nn.Module):
         self.generator = CausalMotionGenerator(config)
 
     def check_streams(self, avatar_audio: Tensor | None = None, user_audio: Tensor | None = None, user_motion: Tensor | None = None, *, batch: int | None = None, frames: int | None = None) -> tuple[int, int]:
-        """(batch, frames) of the streams that are there. Raises ValueError for widths, batches or lengths that differ, no stream at all without batch and frames, or numbers that are not finite (names stream and frame)."""
+        """(batch, frames) of the streams that are there. Raises ValueError for widths, batches or lengths that differ, no stream at all without batch and frames, or numbers that are not finite (names stream and frame), TypeError for integers."""
         widths = {"avatar_audio": self.config.audio_features, "user_audio": self.config.audio_features, "user_motion": self.config.motion_dim}
         for name, stream in zip(STREAMS, (avatar_audio, user_audio, user_motion)):
             if stream is None:
                 continue
+            if not stream.is_floating_point():
+                raise TypeError(f"{name}: expected floating numbers, got {stream.dtype}")
             if stream.ndim != 3 or stream.shape[2] != widths[name]:
                 raise ValueError(f"{name}: expected shape [n, T, {widths[name]}], got {list(stream.shape)}")
             if (batch or stream.shape[0]) != stream.shape[0] or (stream.shape[1] if frames is None else frames) != stream.shape[1]:
@@ -200,11 +202,11 @@ class AvatarForcingModel(nn.Module):
 
     def conditions(
         self, avatar_audio: Float[Tensor, "n T f"] | None = None, user_audio: Float[Tensor, "n T f"] | None = None, user_motion: Float[Tensor, "n T d"] | None = None, *,
-        keep: Mapping[str, Tensor] | None = None, start: int = 0, cache: RollingKV | None = None, batch: int | None = None, frames: int | None = None,
+        keep: Mapping[str, Tensor] | None = None, start: int = 0, cache: RollingKV | None = None, commit: bool = True, batch: int | None = None, frames: int | None = None,
     ) -> Float[Tensor, "n T h"]:  # fmt: skip
         """Conditions of the frames; a stream that is None counts as dropped.
 
-        keep: stream -> [n], 0 drops it for that clip. batch, frames: needed when no stream is there. start, cache: as `DualMotionEncoder`. Inputs are never changed.
+        keep: stream -> [n], 0 drops it for that clip. batch, frames: needed when no stream is there. start, cache, commit: as `DualMotionEncoder`. Inputs are never changed.
         Raises ValueError as `check_streams`.
         """
         n, length = self.check_streams(avatar_audio, user_audio, user_motion, batch=batch, frames=frames)
@@ -221,7 +223,7 @@ class AvatarForcingModel(nn.Module):
             made = stream if name == "user_motion" else self.audio_projection(stream)
             kept = None if keep is None else keep.get(name)
             prepared[name] = made if kept is None else made * kept.to(made)[:, None, None]
-        return self.condition_encoder(prepared["user_audio"], prepared["user_motion"], prepared["avatar_audio"], start=start, cache=cache)
+        return self.condition_encoder(prepared["user_audio"], prepared["user_motion"], prepared["avatar_audio"], start=start, cache=cache, commit=commit)
 
     def velocity(self, x: Tensor, t: Tensor | None, cond: Tensor | None, ref: Tensor, **options: Any) -> Tensor:
         """As `CausalMotionGenerator`."""
@@ -250,6 +252,14 @@ class AvatarForcingModel(nn.Module):
         model = cls(from_mapping(AvatarForcingConfig, json.loads((folder / "config.json").read_text())))
         model.load_state_dict(load_tensors(folder / "model.safetensors"))
         return model.to(device).eval()
+
+
+    @classmethod
+    def from_official(cls, flow_path: str | Path, ae_path: str | Path | None = None, wav2vec: Any = None, strict: bool = True) -> "AvatarForcingModel":
+        """The released weights (CC BY-NC 4.0); `official.from_official` gives auto-encoder and audio with them."""
+        from papers10.avatar_forcing.official import from_official
+
+        return from_official(flow_path, ae_path, wav2vec=wav2vec, strict=strict).model
 
 
 def build_model(config: AvatarForcingConfig | None = None, seed: int = 0) -> AvatarForcingModel:

@@ -11,6 +11,7 @@ __all__ = ['OFFSETS', 'PRIMES', 'BlockOutput', 'StreamingSession', 'generate', '
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,13 @@ class BlockOutput(NamedTuple):
     frames: Any
     start: int
     timings: dict[str, float]
+
+
+def _now(like: Tensor) -> float:
+    """The clock, after what was started on a graphics card is done."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
 
 
 def _guidance(cfg_audio: float, cfg_user: float, mode: str):
@@ -67,7 +75,7 @@ class StreamingSession:
             raise ValueError(f"ref_motion: expected shape [n, {config.motion_dim}], got {list(ref_motion.shape)}")
         if not bool(ref_motion.isfinite().all()):
             raise ValueError("ref_motion: expected finite numbers, got others")
-        self.model, self.config, self.prime, self.anchor, self.decoder, self.seed = model, config, prime, anchor, decoder, seed
+        self.model, self.config, self.prime, self.anchor, self.decoder, self.seed, self.closed = model, config, prime, anchor, decoder, seed, False
         self.guidance = _guidance(cfg_audio, cfg_user, cfg_mode)
         self.branches = self.guidance.branches(1.0)
         self.num_steps = num_steps
@@ -91,19 +99,21 @@ class StreamingSession:
         self.capacity = capacity
         self.times = 1 - sigma_grid(num_steps)
         with torch.inference_mode():
-            self._vectors = [tuple(v[None, None] for v in model.generator.time_vectors(t.to(weight))) for t in self.times]
+            levels = self.times.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            self._vectors = [tuple(v[None, None] for v in model.generator.time_vectors(t)) for t in levels]
         self.reset()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> None:
         """Begin anew, with another seed if one is given."""
+        self._open()
         self.seed = self.seed if seed is None else seed
         self.draw = generator(self.seed, "avatar stream")
         self.past = self.model.generator.new_caches(self.capacity)
-        self.condition_cache = self.model.condition_encoder.new_cache() if self.config.condition_mask == "block_causal" else None
+        self.condition_cache = None if self.config.condition_mask == "full" else self.model.condition_encoder.new_cache()
         rows, like = len(self.branches) * len(self.ref), self.ref
-        self.frames_generated, self.closed = 0, False
+        self.frames_generated = 0
         self._motion = like.new_zeros(len(self.ref), 0, self.config.motion_dim)
         self._cond = like.new_zeros(rows, 0, self.config.hidden)
         self._recent = {name: None for name in STREAMS}
@@ -115,10 +125,15 @@ class StreamingSession:
         self.closed = True
         self.past = self.condition_cache = None
 
+    def _settings(self) -> dict[str, Any]:
+        """What a saved state must share with the session that takes it over."""
+        return {"branches": [list(branch) for branch in self.branches], "num_steps": self.num_steps, "offset": self.offset, "window": self.window, "capacity": self.capacity, "prime": self.prime}
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything between two steps; a session with the same settings goes on bit for bit."""
+        """Everything between two steps; a session with the same model, portraits and settings goes on bit for bit."""
         self._open()
         return {
+            "settings": self._settings(), "ref": self.ref.clone(),
             "frames_generated": self.frames_generated, "seed": self.seed, "draw": self.draw.get_state(), "motion": self._motion.clone(), "cond": self._cond.clone(),
             "past": [cache.state_dict() for cache in self.past], "conditions": None if self.condition_cache is None else self.condition_cache.state_dict(),
             "recent": {name: None if stream is None else stream.clone() for name, stream in self._recent.items()},
@@ -126,9 +141,18 @@ class StreamingSession:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`. Raises ValueError when it has another number of avatars."""
+        """Take over a `state_dict`, on any device. Raises ValueError for other portraits or settings (the first is named), and then changes nothing."""
+        self._open()
         if state["motion"].shape[0] != len(self.ref):
             raise ValueError(f"state: expected {len(self.ref)} avatars, got {state['motion'].shape[0]}")
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                raise ValueError(f"state: expected {name} = {value}, got {state['settings'][name]}")
+        if not torch.equal(state["ref"].to(self.ref), self.ref):
+            raise ValueError("state: expected the same portraits (ref_motion), got others")
+        moved = lambda value: value.to(self.ref.device) if isinstance(value, Tensor) else value
+        here = lambda tensors: None if tensors is None else {name: moved(value) for name, value in tensors.items()}
+        state = {**state, **here({name: state[name] for name in ("motion", "cond")}), "past": [here(cache) for cache in state["past"]], "conditions": here(state["conditions"]), "recent": here(state["recent"])}
         self.reset(state["seed"])
         self.frames_generated = state["frames_generated"]
         self.draw.set_state(state["draw"])
@@ -158,18 +182,18 @@ class StreamingSession:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def _conditions(self, streams: dict[str, Tensor | None], frames: int) -> Tensor:
-        """Conditions [branches · n, rows, h] of the offset rows and the new ones."""
+    def _conditions(self, streams: dict[str, Tensor | None], frames: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Conditions [branches · n, rows, h] of the offset rows and the new ones, and the rows of the streams to keep."""
         n, model = len(self.ref), self.model
         keep = {name: torch.tensor([float(part in branch) for branch in self.branches for _ in range(n)]) for name, part in zip(STREAMS, ("audio", "user", "user"))}
         repeat = lambda stream: None if stream is None else stream.repeat(len(self.branches), 1, 1)
         size = {"batch": n * len(self.branches)}
         if self.condition_cache is not None:
             given = {name: repeat(stream) for name, stream in streams.items()}
-            made = model.conditions(**given, keep=keep, start=self.frames_generated, cache=self.condition_cache, frames=frames, **size)
-            return torch.cat((self._cond, made), 1)
+            made = model.conditions(**given, keep=keep, start=self.frames_generated, cache=self.condition_cache, commit=False, frames=frames, **size)
+            return torch.cat((self._cond, made), 1), {}
         # Without a causal rule the conditions of the offset change when the block arrives: its rows are encoded together with the block (released code).
-        rows, given = self._motion.shape[1] + frames, {}
+        rows, given, recent = self._motion.shape[1] + frames, {}, {}
         for name, stream in streams.items():
             before = self._recent[name]
             if stream is None and before is None:
@@ -178,15 +202,16 @@ class StreamingSession:
             width = (stream if stream is not None else before).shape[2]
             blank = lambda length: self.ref.new_zeros(n, length, width)
             joined = torch.cat((blank(rows - frames) if before is None else before, blank(frames) if stream is None else stream.to(self.ref)), 1)[:, -rows:]
-            given[name], self._recent[name] = repeat(joined), joined[:, rows - self.offset :] if self.offset else joined[:, :0]
-        return model.conditions(**given, keep=keep, frames=rows, **size)
+            given[name], recent[name] = repeat(joined), joined[:, max(0, rows - self.offset) :]
+        return model.conditions(**given, keep=keep, frames=rows, **size), recent
 
     def step(self, avatar_audio: Float[Tensor, "n B f"] | None = None, user_audio: Float[Tensor, "n B f"] | None = None, user_motion: Float[Tensor, "n B d"] | None = None, *,
-             noise: Float[Tensor, "n B d"] | None = None) -> BlockOutput:  # fmt: skip
+             noise: Float[Tensor, "n B d"] | None = None, motion: Float[Tensor, "n B d"] | None = None) -> BlockOutput:  # fmt: skip
         """The next block. A stream that is None is not there: nobody speaks, or nobody is seen.
 
-        noise: the block's starting point, drawn from the session's stream when not given. Raises ValueError for blocks of a wrong length, width or batch or numbers that are
-        not finite (names stream and frame), RuntimeError after `close`. After an error the session is as before the call.
+        noise: the block's starting point, drawn from the session's stream when not given. motion: known motion of the block, which is taken over instead of generated, to go on
+        from a recording. Raises ValueError for blocks of a wrong length, width or batch or numbers that are not finite (names stream and frame), RuntimeError after `close`.
+        After an error, also one of anchor or decoder, the session is as before the call.
         """
         self._open()
         frames, streams = self.next_frames, dict(zip(STREAMS, (avatar_audio, user_audio, user_motion)))
@@ -194,36 +219,50 @@ class StreamingSession:
         shape = (len(self.ref), frames, self.config.motion_dim)
         if noise is not None and (noise.shape != shape or not bool(noise.isfinite().all())):
             raise ValueError(f"noise: expected finite numbers of shape {list(shape)}, got shape {list(noise.shape)}")
-        with torch.inference_mode():
-            return self._step(streams, frames, noise, shape)
+        if motion is not None and (motion.shape != shape or not bool(motion.isfinite().all())):
+            raise ValueError(f"motion: expected finite numbers of shape {list(shape)}, got shape {list(motion.shape)}")
+        drawn, anchored = self.draw.get_state(), self.anchor.state_dict() if hasattr(self.anchor, "state_dict") else None
+        try:
+            with torch.inference_mode():
+                made = self._step(streams, frames, noise, motion, shape)
+        except BaseException:
+            self.draw.set_state(drawn)
+            if anchored is not None:
+                self.anchor.load_state_dict(anchored)
+            raise
+        return made._replace(motion=made.motion.clone())  # outside of inference mode, so that training can use it
 
-    def _step(self, streams: dict[str, Tensor | None], frames: int, noise: Tensor | None, shape: tuple[int, ...]) -> BlockOutput:
-        clock = [time.perf_counter()]
-        cond = self._conditions(streams, frames)
-        clock.append(time.perf_counter())
+    def _step(self, streams: dict[str, Tensor | None], frames: int, noise: Tensor | None, known: Tensor | None, shape: tuple[int, ...]) -> BlockOutput:
+        clock = [_now(self.ref)]
+        cond, recent = self._conditions(streams, frames)
+        clock.append(_now(self.ref))
         n, count, kept = len(self.ref), len(self.branches), self._motion.shape[1]
         block = (torch.randn(shape, generator=self.draw, dtype=self.ref.dtype) if noise is None else noise.cpu()).to(self.ref).double()
         ref, given = self.ref.repeat(count, 1), cond
-        for index, step in enumerate(self.times.diff().tolist()):
+        for index, step in enumerate(self.times.diff().tolist() if known is None else []):
             velocities, given = self._call(block, self._rows(index, kept, frames), given, ref), None
             mixed = self.guidance.combine(velocities.unflatten(0, (count, n))[:, :, kept:], block, None)
             block = block + step * mixed.double()
-        motion = block.to(self.ref)
+        motion = block.to(self.ref) if known is None else known.to(self.ref)
         if self.anchor is not None:
             motion = self.anchor(motion)
-        clock.append(time.perf_counter())
-        self._call(motion, self._rows(len(self.times) - 1, kept, frames), None, ref)
+        clock.append(_now(self.ref))
+        self._call(motion, self._rows(len(self.times) - 1, kept, frames), given, ref)
+        clock.append(_now(self.ref))
+        decoded = None if self.decoder is None else self.decoder(motion)
+        clock.append(_now(self.ref))
+        # Nothing of the session has changed so far.
         rows = torch.cat((self._motion, motion), 1)
         commit = max(0, rows.shape[1] - self.offset)
         for cache in self.past:
             cache.commit(commit)
+        if self.condition_cache is not None:
+            self.condition_cache.commit(frames)
         self._motion, self._cond = rows[:, commit:].clone(), cond[:, commit:].clone()
+        self._recent |= recent
         start, self.frames_generated = self.frames_generated, self.frames_generated + frames
-        clock.append(time.perf_counter())
-        decoded = None if self.decoder is None else self.decoder(motion)
-        clock.append(time.perf_counter())
-        timings = dict(zip(("conditions", "sampling", "commit", "decoding"), (after - before for before, after in itertools.pairwise(clock))))
-        return BlockOutput(motion.clone(), decoded, start, timings | {"total": clock[-1] - clock[0]})
+        timings = dict(zip(("conditions", "sampling", "clean_pass", "decoding"), (after - before for before, after in itertools.pairwise(clock))))
+        return BlockOutput(motion, decoded, start, timings | {"total": clock[-1] - clock[0]})
 
     def _rows(self, index: int, kept: int, frames: int) -> tuple[Tensor, ...]:
         """Time vectors of clean offset rows and a block at level `index`: [1, rows, ·]."""
@@ -236,8 +275,18 @@ class StreamingSession:
 # %% ../../nbs/09_avatar_forcing/10_streaming.ipynb #42d1dd4b
 def generate(model: AvatarForcingModel, ref_motion: Float[Tensor, "n d"], avatar_audio: Float[Tensor, "n T f"] | None = None, user_audio: Float[Tensor, "n T f"] | None = None,
              user_motion: Float[Tensor, "n T d"] | None = None, *, frames: int | None = None, **session: Any) -> Float[Tensor, "n T d"]:  # fmt: skip
-    """Motion of whole clips by a `StreamingSession`; session: its arguments. frames: needed when no stream is there. T = 0 gives an empty tensor. Raises ValueError as the session."""
+    """Motion of whole clips by a `StreamingSession`; session: its arguments. frames: needed when no stream is there. T = 0 gives an empty tensor.
+
+    A user who is recorded for a shorter time than the avatar speaks holds the last frame, with a warning that counts. Raises ValueError as the session.
+    """
     streams = dict(zip(STREAMS, (avatar_audio, user_audio, user_motion)))
+    lengths = {name: stream.shape[1] for name, stream in streams.items() if stream is not None and stream.ndim == 3}
+    if frames is None and lengths:
+        frames = lengths.get("avatar_audio", max(lengths.values()))
+    for name, count in lengths.items():
+        if 0 < count < frames and name != "avatar_audio":
+            warnings.warn(f"{name}: {count} of {frames} frames; its last frame is held for {frames - count}", stacklevel=2)
+            streams[name] = streams[name][:, torch.arange(frames).clamp(max=count - 1)]
     n, length = model.check_streams(*streams.values(), batch=len(ref_motion), frames=frames)
     run = StreamingSession(model, ref_motion, **session)
     made, place = [run.ref.new_zeros(n, 0, model.config.motion_dim)], 0
@@ -270,4 +319,4 @@ def masked_rollout(model: AvatarForcingModel, ref_motion: Float[Tensor, "n d"], 
                 velocities = model.velocity(x, levels, cond[:, :end], ref, mask=mask).unflatten(0, (len(branches), n))
                 block = block + step * guidance.combine(velocities[:, :, start:], block, None).double()
             motion = torch.cat((motion, block.to(noise)), 1)
-    return motion
+    return motion.clone()

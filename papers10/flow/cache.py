@@ -391,7 +391,7 @@ class RollingKV:
                         t[:, :, places.to(t.device)] = t[:, :, slots + count - kept : slots + count].clone()
             self.length += count
             self.pending, self._placed = 0, [-1] * self.num_layers
-            if self.rope is not None and slots and self.capacity is not None and self.length - self.origin > 4 * slots:
+            if self.rope is not None and self.capacity is not None and self.length - self.origin > 4 * max(slots, 16):
                 self._move_origin(self.length - slots)
 
     def _move_origin(self, origin: int) -> None:

@@ -120,6 +120,81 @@ def test_an_error_leaves_the_session_as_it_was():
     assert torch.equal(first.step(streams["avatar_audio"][:, :10]).motion, second.step(streams["avatar_audio"][:, :10]).motion)
 
 
+@pytest.mark.parametrize("part", ["anchor", "decoder"])
+def test_an_error_of_anchor_or_decoder_changes_nothing(part):
+    model = opened(torch.float32)
+    streams, _, ref = given(30, dtype=torch.float32)
+    block = lambda i: {name: s[:, i : i + 10] for name, s in streams.items()}
+
+    def breaks(motion):
+        if calls.pop():
+            raise OSError("no camera")
+        return motion
+
+    calls = [False, True, False]
+    broken, whole = StreamingSession(model, ref, num_steps=2, **{part: breaks}), StreamingSession(model, ref, num_steps=2)
+    assert torch.equal(broken.step(**block(0)).motion, whole.step(**block(0)).motion)
+    with pytest.raises(OSError):
+        broken.step(**block(10))
+    calls[:] = [False, False]
+    for start in (10, 20):
+        assert torch.equal(broken.step(**block(start)).motion, whole.step(**block(start)).motion)
+
+
+@pytest.mark.parametrize("options", [{"cfg_user": 0.0}, {"window_frames": 30}, {"offset": 4}, {"num_steps": 3}])
+def test_a_state_of_other_settings_is_refused_and_nothing_changes(options):
+    model = opened(torch.float32)
+    streams, _, ref = given(10, dtype=torch.float32)
+    other, run = StreamingSession(model, ref, **{"num_steps": 2, **options}), StreamingSession(model, ref, num_steps=2)
+    for session in (other, run):
+        session.step(**streams)
+    expected = StreamingSession(model, ref, num_steps=2)
+    expected.step(**streams)
+    with pytest.raises(ValueError, match="state: expected"):
+        run.load_state_dict(other.state_dict())
+    assert torch.equal(run.step(**streams).motion, expected.step(**streams).motion)
+    with pytest.raises(ValueError, match="portraits"):
+        run.load_state_dict(StreamingSession(model, ref + 1, num_steps=2).state_dict())
+
+
+def test_known_motion_is_taken_over():
+    model = opened()
+    streams, noise, ref = given(30)
+    run = StreamingSession(model, ref, num_steps=2)
+    made = [run.step(**{k: s[:, i : i + 10] for k, s in streams.items()}, noise=noise[:, i : i + 10]).motion for i in (0, 10, 20)]
+    again = StreamingSession(model, ref, num_steps=2)
+    for i in (0, 1):
+        assert torch.equal(again.step(**{k: s[:, 10 * i : 10 * i + 10] for k, s in streams.items()}, motion=made[i]).motion, made[i])
+    torch.testing.assert_close(again.step(**{k: s[:, 20:] for k, s in streams.items()}, noise=noise[:, 20:]).motion, made[2])
+    with pytest.raises(ValueError, match="motion: expected finite"):
+        again.step(motion=torch.zeros(1, 9, 8))
+
+
+def test_the_window_mask_streams_and_full_conditions_take_any_offset():
+    model = opened(condition_mask="window", num_layers=2)
+    streams, noise, ref = given(60)
+    got = streamed(model, streams, noise, ref, num_steps=2, window_frames=math.inf)
+    torch.testing.assert_close(got, masked_rollout(model, ref, streams, noise, num_steps=2), rtol=1e-10, atol=1e-10)
+    model = opened(torch.float32, condition_mask="full", condition_rope=False, num_layers=8)
+    streams, noise, ref = given(50, dtype=torch.float32)
+    assert streamed(model, streams, noise, ref, num_steps=1, offset="exact").shape == (1, 50, 8)
+
+
+def test_motion_can_be_trained_on():
+    model = opened(torch.float32)
+    out = StreamingSession(model, torch.zeros(1, 8), num_steps=1).step().motion
+    (torch.ones(1, requires_grad=True) * out).sum().backward()
+
+
+def test_a_shorter_user_holds_the_last_frame():
+    model = opened(torch.float32)
+    streams, _, ref = given(30, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="user_motion: 17 of 30 frames"):
+        got = generate(model, ref, streams["avatar_audio"], streams["user_audio"], streams["user_motion"][:, :17], num_steps=1)
+    held = streams["user_motion"][:, torch.arange(30).clamp(max=16)]
+    assert torch.equal(got, generate(model, ref, streams["avatar_audio"], streams["user_audio"], held, num_steps=1))
+
+
 def test_clips_of_any_length():
     model = opened(torch.float32)
     streams, _, ref = given(37, dtype=torch.float32)
@@ -141,7 +216,7 @@ def test_an_anchor_and_a_decoder_are_called():
     run = StreamingSession(model, torch.zeros(1, 8), num_steps=1, anchor=lambda motion: motion * 0 + 3, decoder=lambda motion: motion.sum((1, 2)))
     out = run.step()
     assert torch.equal(out.motion, torch.full((1, 10, 8), 3.0)) and float(out.frames) == 240 and out.start == 0
-    assert {"conditions", "sampling", "commit", "decoding", "total"} <= set(out.timings)
+    assert {"conditions", "sampling", "clean_pass", "decoding", "total"} <= set(out.timings)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +235,8 @@ def test_an_anchor_and_a_decoder_are_called():
         (lambda m: StreamingSession(m, torch.zeros(1, 8)).step(user_motion=torch.zeros(1, 10, 9)), ValueError, "user_motion"),
         (lambda m: StreamingSession(m, torch.zeros(1, 8)).step(noise=torch.zeros(1, 9, 8)), ValueError, "noise"),
         (lambda m: generate(m, torch.zeros(1, 8)), ValueError, "at least one"),
+        (lambda m: generate(m, torch.zeros(1, 8), torch.zeros(1, 10, 4, dtype=torch.int64)), TypeError, "floating"),
+        (lambda m: _closed(m).reset(), RuntimeError, "close"),
         (lambda m: _closed(m).step(), RuntimeError, "close"),
         (lambda m: StreamingSession(m, torch.zeros(2, 8)).load_state_dict(StreamingSession(m, torch.zeros(1, 8)).state_dict()), ValueError, "2 avatars"),
     ],
