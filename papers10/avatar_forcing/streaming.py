@@ -261,7 +261,7 @@ class StreamingSession:
         self._motion, self._cond = rows[:, commit:].clone(), cond[:, commit:].clone()
         self._recent |= recent
         start, self.frames_generated = self.frames_generated, self.frames_generated + frames
-        timings = dict(zip(("conditions", "sampling", "clean_pass", "decoding"), (after - before for before, after in itertools.pairwise(clock))))
+        timings = dict(zip(("conditions", "sampling", "commit", "decoding"), (after - before for before, after in itertools.pairwise(clock))))
         return BlockOutput(motion, decoded, start, timings | {"total": clock[-1] - clock[0]})
 
     def _rows(self, index: int, kept: int, frames: int) -> tuple[Tensor, ...]:

@@ -216,7 +216,7 @@ def test_an_anchor_and_a_decoder_are_called():
     run = StreamingSession(model, torch.zeros(1, 8), num_steps=1, anchor=lambda motion: motion * 0 + 3, decoder=lambda motion: motion.sum((1, 2)))
     out = run.step()
     assert torch.equal(out.motion, torch.full((1, 10, 8), 3.0)) and float(out.frames) == 240 and out.start == 0
-    assert {"conditions", "sampling", "clean_pass", "decoding", "total"} <= set(out.timings)
+    assert {"conditions", "sampling", "commit", "decoding", "total"} <= set(out.timings)
 
 
 @pytest.mark.parametrize(
