@@ -14,7 +14,7 @@ __all__ = ['DATASETS', 'SPLITS', 'LICENCES', 'DATA_HOURS', 'MOTION_KEYS', 'MOTIO
 
 # %% ../../nbs/09_avatar_forcing/17_full_scale.ipynb #c7efabcf
 import csv
-import hashlib
+import functools
 import json
 import math
 import os
@@ -39,7 +39,7 @@ from .training import MotionTrainer
 from .video import FPS, FaceCropper, hold_last, read_sound, read_user_video, resample_fps, to_network, user_motion_from_video
 from ..core import distributed
 from ..core.checks import check_choice, check_finite, check_range
-from ..core.config import Config, ConfigError, from_mapping
+from ..core.config import Config, ConfigError, from_mapping, replace
 from ..core.data import DataMissing, available, locate
 from ..core.random import generator
 from ..lm import pretraining
@@ -352,16 +352,16 @@ class CachedClips:
         if len(widths) > 1:
             raise ValueError(f"folder: expected motion of one width in {self.folder / split}, got {sorted(widths)}")
         self.motion_dim = widths.pop()
+        # Windows jump from clip to clip; files stay open (and mapped, not read) for a while.
+        self._opened = functools.lru_cache(maxsize=256)(lambda number: safe_open(self.files[number], "pt"))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, number: int, names: Sequence[str], start: int = 0, end: int | None = None) -> dict[str, Tensor]:
         """Rows start … end of some streams, float32, motion scaled."""
-        from safetensors import safe_open
-
-        with safe_open(self.files[number], "pt") as opened:
-            found = {name: opened.get_slice(name)[start : self.lengths[number] if end is None else end].float() for name in names}
+        end = self.lengths[number] if end is None else end
+        found = {name: self._opened(number).get_slice(name)[start:end].float() for name in names}
         for name in ("avatar_motion", "user_motion"):
             if name in found and self.scale is not None:
                 found[name] = (found[name] - self.scale[0]) / self.scale[1]
@@ -407,7 +407,7 @@ class FullScale(Config):
     batch_size windows an update over all processes, micro_batch a forward pass. lr with warmup, then decay "constant" or "cosine"; ema: decay of the average of weights, 0 for none.
     dpo_steps (0 leaves it out), dpo_beta, dpo_lambda, dpo_lr; dpo_windows: pairs; loser_mode "drop_condition" or "talking_model", trained with talking_steps.
     num_steps, cfg_audio, cfg_user, offset: of the rollouts; eval_clips: pieces of eval_frames frames of the test split (0: all); expression_dims: leading numbers of a row that are expression, the others pose (None: not split).
-    dtype: of autocast. cache: folder of features, None: in the run's folder. devices, strategy: as `lm.pretraining.launch`. resume_from is the run's folder itself: a second launch goes on.
+    max_seconds: the generator's training stops after so long (over all calls), is measured as it is, and a call with more goes on. dtype: of autocast. cache: folder of features, None: in the run's folder. devices, strategy: as `lm.pretraining.launch`. resume_from is the run's folder itself: a second launch goes on.
     """
 
     dataset: Literal["folder", "realtalk", "vico", "hdtf", "seamless", "dualtalk", "drawn"] = "realtalk"
@@ -474,6 +474,7 @@ class FullScale(Config):
     device: str = "cuda"
     devices: int = Field(default=1, ge=1)
     strategy: Literal["single", "ddp", "slurm"] = "single"
+    max_seconds: float | None = Field(default=None, gt=0)
     save_every: int = Field(default=10_000, ge=0)
     eval_every: int = Field(default=50_000, ge=0)
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -790,19 +791,23 @@ def train_one(settings: FullScale | Mapping[str, Any], folder: str | os.PathLike
     def note(name: str, history: Any, steps: int) -> None:
         stages[name] = {"steps": steps, "loss": history.last("loss"), "seconds": history.seconds, "skipped": history.skipped}
 
-    def motion_trainer(network: AvatarForcingModel, name: str, steps: int, chosen: Sequence[str]) -> None:
+    def motion_trainer(network: AvatarForcingModel, name: str, steps: int, chosen: Sequence[str]) -> bool:
         windows = train_set.windows(settings.micro_batch, settings.window_frames, seed=settings.seed, streams=chosen)
         trainer = MotionTrainer(network, windows, steps=steps, lr=settings.lr, warmup=settings.warmup, decay=settings.decay, ema=settings.ema or None, name=name, eval_every=settings.eval_every if name == "generator" else 0,
                                 evaluate=evaluate if name == "generator" else None, **shared)  # fmt: skip
-        note(name, trainer.train(), steps)
+        if name == "generator":
+            trainer.loop = replace(trainer.loop, max_seconds=settings.max_seconds)
+        history = trainer.train()
+        note(name, history, trainer.state.step)
+        return history.stopped is not None
 
-    motion_trainer(model, "generator", settings.train_steps, STREAMS)
+    stopped = motion_trainer(model, "generator", settings.train_steps, STREAMS)
     scores = {}
     if distributed.rank() == 0:
         model.save_pretrained(folder / "model")
         scores["base"] = evaluate_motion(model, pieces, settings, device=device)
     distributed.barrier()
-    if settings.dpo_steps:
+    if settings.dpo_steps and not stopped:
         talking = None
         if settings.loser_mode == "talking_model":
             talking = build_model(config, settings.seed + 1).to(device)
@@ -835,7 +840,7 @@ def train_one(settings: FullScale | Mapping[str, Any], folder: str | os.PathLike
             "stages": stages, "seeds": [settings.seed],
             "metrics": {stage: {name: {"value": value if math.isfinite(value) else None, "paper_value": known.get(name), "setting": how} for name, value in values.items()} for stage, values in scores.items()},
             "latency": {name: {"value": value, "paper_value": 0.5 if name == "user_latency" else None} for name, value in latency(model, pieces["avatar_motion"][:1, 0].to(device), settings).items()},
-        }  # fmt: skip
+        } | ({"stopped": "max_seconds"} if stopped else {})  # fmt: skip
     # Every process ends after the first has measured.
     distributed.barrier()
     return log.finish(result)
@@ -852,13 +857,15 @@ def launch(settings: FullScale, folder: str | os.PathLike, *, executor: Any = No
     """Check, then run all stages: here, by torchrun ("ddp") or as a Slurm job; a second call on the same folder goes on, or returns what is finished. Raises as `check` and `lm.pretraining.launch`."""
     finished = Path(folder) / "result.json"
     if finished.is_file():
-        before = json.loads(finished.read_text())["settings"]
-        now = settings.model_dump(mode="json")
-        ways = ("device", "devices", "strategy", "wandb", "wandb_project", "save_every", "micro_batch")
+        result = json.loads(finished.read_text())
+        before, now = result["settings"], settings.model_dump(mode="json")
+        ways = ("device", "devices", "strategy", "wandb", "wandb_project", "save_every", "micro_batch", "max_seconds")
         differ = [name for name, value in now.items() if name not in ways and before.get(name) != value]
         if differ:
             raise ValueError(f"folder: expected the result of these settings in {folder}, got one that differs in {', '.join(differ)}; use another folder")
-        return json.loads(finished.read_text())
+        if "stopped" not in result:
+            return result
+        finished.unlink()
     check(settings)
     return pretraining.launch(settings, folder, train_one, executor=executor)
 
