@@ -134,7 +134,7 @@ class DyadicConversation(Dataset):
     def _build(self) -> None:
         rng, frames, N = np.random.default_rng(self.seed), self.num_frames + WARM_UP, self.num_clips
         envelope, blink, innovations = np.zeros((N, 2, frames)), np.zeros((N, 2, frames)), np.zeros((N, 2, len(_AR), frames + 8))
-        noise, smile, nod, answer = np.zeros((N, 2, frames)), np.zeros((N, 2, frames)), np.zeros((N, 2, frames)), []
+        noise, smile, nod = np.zeros((N, 2, frames)), np.zeros((N, 2, frames)), np.zeros((N, 2, frames))
         self._meta = []
         for n in range(N):
             turns, mask = _turns(rng, frames), np.zeros((2, frames))
