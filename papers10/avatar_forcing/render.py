@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .data import PARAMETERS
 from ..core.checks import check_finite, check_range
-from ..core.media import resize
 
 IDENTITY_SIZE = 15
 """Numbers of an identity: RGB in [−1, 1] of skin, hair, background and lips, then the face's half-axes a, b and the eye spacing e."""
