@@ -150,8 +150,8 @@ class MotionGuider(nn.Module):
         self.norm = nn.LayerNorm(dim_audio)
         self.to_condition = nn.Linear(dim_audio, hidden)
 
-    def forward(self, user_audio: Float[Tensor, "n T d_a"], user_motion: Float[Tensor, "n T d"], avatar_audio: Float[Tensor, "n T d_a"], *, start: int = 0, cache: None = None) -> Float[Tensor, "n T h"]:
-        """Conditions of each frame by itself; start has no effect. Raises ValueError for voices of different shapes or a cache."""
+    def forward(self, user_audio: Float[Tensor, "n T d_a"], user_motion: Float[Tensor, "n T d"], avatar_audio: Float[Tensor, "n T d_a"], *, start: int = 0, cache: None = None, commit: bool = True) -> Float[Tensor, "n T h"]:
+        """Conditions of each frame by itself; start and commit have no effect. Raises ValueError for voices of different shapes or a cache."""
         if user_audio.shape != avatar_audio.shape or avatar_audio.shape[-1] != self.dim_audio:
             raise ValueError(f"user_audio: expected shape {list(avatar_audio.shape[:2]) + [self.dim_audio]}, got {list(user_audio.shape)}")
         if cache is not None:
