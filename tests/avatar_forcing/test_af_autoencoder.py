@@ -257,8 +257,8 @@ def test_identity_share_known_values():
 
 def test_component_head_sees_shape_not_colour():
     head = ae.ComponentHead(12, size=8).eval()
-    z, images = torch.zeros(2, 12), pictures(2)
-    assert head(z, images, some_masks()).item() == pytest.approx(head(z, 0.5 * images + 0.2, some_masks()).item(), rel=0.1)
+    z, images = torch.zeros(2, 12), 8 * pictures(2)
+    assert head(z, images, some_masks()).item() == pytest.approx(head(z, 0.5 * images + 0.2, some_masks()).item(), rel=0.05)
 
 
 def test_crop_is_centred_on_the_mask():
@@ -274,7 +274,7 @@ def test_crop_is_centred_on_the_mask():
 
 
 def test_training_reduces_the_loss_and_says_its_terms():
-    model, history = ae.train_autoencoder(TINY, steps=25, batch_size=4, seed=2, log_every=5)
+    model, history = ae.train_autoencoder(TINY, steps=16, batch_size=3, seed=2, log_every=4)
     losses = history.column("loss")[1]
     assert losses[-1] < 0.9 * losses[0] and not model.training
     assert {"l1", "gradient", "component", "crops", "identity"} <= set(history.records[-1])
@@ -337,7 +337,7 @@ def test_psnr_known_value():
 
 
 def test_shipped_weights_reach_the_plans_targets(shipped):
-    found = ae.evaluate_autoencoder(shipped, faces=120, fit=400, seed=77)
+    found = ae.evaluate_autoencoder(shipped, faces=80, fit=240, seed=77)
     assert found["r2_jaw"] >= 0.8 and found["r2_smile"] >= 0.5 and min(found["r2_yaw"], found["r2_pitch"]) >= 0.88
     assert found["gain"] >= 6 and abs(found["r2_identity"]) <= 0.2 and found["orthogonality"] <= 1e-5
     assert ae.shipped().stat().st_size <= 2_000_000
@@ -382,7 +382,7 @@ IDENTITY, FEATURES = torch.zeros(1, 12), [torch.zeros(1, 12, 8, 8), torch.zeros(
         (lambda: ae.orthonormal(torch.ones(3, 2)), ValueError, "independent"),
         (lambda: ae.orthonormal(torch.full((3, 2), torch.nan)), ValueError, "weight"),
         (lambda: ae.MotionAutoencoder(size=48), ValueError, "power of two, got 48"),
-        (lambda: ae.MotionAutoencoder(16, 4, 5), ValueError, "num_directions"),
+        (lambda: ae.MotionAutoencoder(16, 4, 5, num_warps=2), ValueError, "num_directions"),
         (lambda: ae.MotionAutoencoder(16, num_warps=3), ValueError, "num_warps"),
         (lambda: ae.AutoencoderConfig(dims=4), ValueError, "dim"),
         (lambda: MODEL.encode_identity(torch.zeros(1, 3, 8, 8)), ValueError, "images"),
