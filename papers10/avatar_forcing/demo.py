@@ -747,12 +747,13 @@ _SCRIPT = """
 const config = JSON.parse(document.getElementById("config").textContent);
 const get = id => document.getElementById(id);
 const period = 1000 / config.fps, sent = new Map(), frames = [], painted = [];
-let socket = null, seq = 0, seen = null, nods = 0, wait = 500, next = 0, total = 0, refused = false;
+let ears = null, socket = null, seq = 0, seen = null, nods = 0, wait = 500, next = 0, total = 0, refused = false;
 
 function state() {
   const values = {nods: nods};
   for (const name of config.sliders) values[name] = Number(get(name).value);
   for (const name of config.switches) values[name] = get(name).checked;
+  values.microphone = ears !== null;
   return values;
 }
 function number() {
@@ -840,7 +841,7 @@ function voice(rows) {
   }
 }
 
-let ears = null, sum = 0, many = 0, phase = 0, last = 0, full = 0;
+let sum = 0, many = 0, phase = 0, last = 0, full = 0;
 const pack = new DataView(new ArrayBuffer(16 + 4 * config.samples));
 function hear(samples, rate) {
   for (const x of samples) {
@@ -860,12 +861,14 @@ function sendSound() {
   pack.setUint16(6, config.samples, true); pack.setUint32(8, number(), true); pack.setUint32(12, seen === null ? 0xFFFFFFFF : seen, true);
   socket.send(pack.buffer.slice(0));
 }
+function deafen(stream, context) { stream.getTracks().forEach(track => track.stop()); context.close(); }
 async function microphone(on) {
-  if (!on) { if (ears) { ears.stream.getTracks().forEach(track => track.stop()); ears.context.close(); ears = null; } return; }
+  if (!on) { if (ears) deafen(ears.stream, ears.context); ears = null; tell(); return; }
   try {
     const stream = await navigator.mediaDevices.getUserMedia({audio: true}), context = new AudioContext();
     const code = 'registerProcessor("tap", class extends AudioWorkletProcessor { constructor() { super(); this.data = new Float32Array(2048); this.full = 0; } process(inputs) { const heard = inputs[0][0]; if (heard) { this.data.set(heard, this.full); this.full += heard.length; if (this.full >= 2048) { this.port.postMessage(this.data.slice()); this.full = 0; } } return true; } });';
     await context.audioWorklet.addModule(URL.createObjectURL(new Blob([code], {type: "text/javascript"})));
+    if (!get("microphone").checked || ears) { deafen(stream, context); return; }
     const tap = new AudioWorkletNode(context, "tap");
     tap.port.onmessage = event => hear(event.data, context.sampleRate);
     context.createMediaStreamSource(stream).connect(tap);
@@ -1235,7 +1238,7 @@ def _png(picture: UInt8[Tensor, "H W 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def live_widget(conversations: ConversationHost | None = None, *, live: bool | None = None, seconds: float = 6.0, script: Callable[[float], Mapping[str, Any]] = small_talk, max_bytes: int = 100_000, **options: Any) -> None:
+def live_widget(conversations: ConversationHost | None = None, *, live: bool | None = None, seconds: float = 6.0, script: Callable[[float], Mapping[str, Any]] = small_talk, max_bytes: int = 70_000, **options: Any) -> None:
     """Shows the widget where somebody sits in front of the kernel, and always a rehearsed talk.
 
     Args:

@@ -24,6 +24,7 @@ FLAGS = [
     "--window-size=1000,1000",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
+    "--disable-audio-output",
 ]
 MODEL = build_model(AvatarForcingConfig.small(), seed=0)
 
@@ -41,7 +42,7 @@ class Session:
     def step(self, avatar_audio, user_audio, user_motion):
         if self.closed:
             raise RuntimeError("step after close")
-        motion = 0.7 * user_motion + 0.01 * torch.randn(user_motion.shape, generator=self.noise)
+        motion = 0.9 * user_motion + 0.01 * torch.randn(user_motion.shape, generator=self.noise)
         return types.SimpleNamespace(motion=motion)
 
     def close(self):
@@ -648,7 +649,7 @@ class TestInChromium:
             return browser.find_element(By.ID, name)
 
         def wait(condition):
-            WebDriverWait(browser, 25).until(lambda _: condition())
+            WebDriverWait(browser, 60).until(lambda _: condition())
 
         def colours(canvas):
             return browser.execute_script(f"const c = get('{canvas}'); return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)")
@@ -664,17 +665,19 @@ class TestInChromium:
         before, count = np.array(colours("avatar")), total()
         assert before.reshape(64, 64, 4)[..., :3].std() > 10, "a face is drawn"
         browser.execute_script("get('smile').value = 1; get('smile').dispatchEvent(new Event('input'))")
+        # The avatar's mouth moves when the user smiles; a still face differs by 3 at most.
+        wait(lambda: np.abs(np.array(colours("avatar")) - before).reshape(64, 64, 4)[38:56, 16:48, :3].max() > 25)
         wait(lambda: total() >= count + 30)
-        mouth = np.abs(np.array(colours("avatar")) - before).reshape(64, 64, 4)[38:56, 16:48, :3]
-        assert mouth.max() > 40, "the avatar's mouth moves when the user smiles"
         assert get("smile-value").text == "1.00"
         wait(lambda: " ms" in get("latency").text)
         assert "real-time factor" in get("host").text and get("problem").text == ""
         # The microphone of this browser is a beep.
         get("microphone").click()
-        wait(lambda: any(c._ears is not None for c in running.host.live.values()))
+        wait(lambda: browser.execute_script("return ears !== null") and any(c._ears is not None for c in running.host.live.values()))
         get("microphone").click()
-        get("avatar_talks").click(), get("sound").click(), get("nod").click(), get("neutral").click(), get("reset").click()
+        wait(lambda: browser.execute_script("return ears === null"))
+        for name in ("avatar_talks", "sound", "nod", "neutral", "reset"):
+            get(name).click()
         count = total()
         wait(lambda: total() >= count + 30)
         wait(lambda: any(c.restarts for c in running.host.live.values()))
