@@ -14,7 +14,6 @@ import math
 import os
 import wave as wave_files
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,8 +27,8 @@ from ..core.checks import check_choice, check_finite, check_range
 from ..core.media import Video, read_video, resize, to_uint8, write_video
 from ..core.optional import have, need
 
+# Frames a second of every stream of this chapter.
 FPS = 25.0
-"""Frames a second of every stream of this chapter."""
 
 # %% ../../nbs/09_avatar_forcing/15_video.ipynb #f31a27cc
 def resample_fps(values: Tensor, source_fps: float, target_fps: float = FPS, *, mode: str = "hold") -> Tensor:
