@@ -110,7 +110,7 @@ def test_demo_hands_its_options_on(monkeypatch, model):
     for package in ("fastapi", "uvicorn", "websockets"):
         pytest.importorskip(package)
     seen = {}
-    monkeypatch.setattr(demo, "serve", lambda host, **options: seen.update(options, conversations=host))
+    monkeypatch.setattr(demo, "serve", lambda made, **options: seen.update(options, conversations=made))
     assert run(f"demo --port 0 --clients 2 --workers 3 --no-browser --no-watermark --checkpoint {model} --steps 3 --seed 4") == 0
     host = seen.pop("conversations")
     assert seen == {"host": "127.0.0.1", "port": 0, "allow_remote": False, "browser": False}
@@ -121,10 +121,10 @@ def test_demo_hands_its_options_on(monkeypatch, model):
 
 def test_a_recording_is_what_the_avatar_speaks(monkeypatch, model, voice):
     seen = {}
-    monkeypatch.setattr(demo, "serve", lambda host, **options: seen.update(host=host))
+    monkeypatch.setattr(demo, "serve", lambda made, **options: seen.update(made=made))
     run(f"demo --no-browser --checkpoint {model} --speech {voice}")
-    assert seen["host"].new_conversation().avatar_speech.features.shape == (30, 4)
-    seen["host"].close()
+    assert seen["made"].new_conversation().avatar_speech.features.shape == (30, 4)
+    seen["made"].close()
 
 
 @pytest.mark.parametrize(
