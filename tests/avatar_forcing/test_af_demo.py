@@ -723,7 +723,7 @@ class TestWidget:
     def test_a_rehearsed_talk_stands_in(self, capsys, monkeypatch):
         shown = []
         monkeypatch.setattr("IPython.display.display", shown.append)
-        demo.live_widget(make_host(portrait="renderer"), live=False, seconds=0.8)
+        demo.live_widget(make_host(portrait="renderer"), live=False, seconds=0.8, max_bytes=400_000)
         assert [type(item).__name__ for item in shown] == ["InlineVideo"] and shown[0].shape[0] == 20
 
     def test_rehearsal(self):
