@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .data import PARAMETERS
 from .render import FaceRenderer, sample_identity
+from ..core.checkpoint import fill_exactly
 from ..core.checks import check_choice, check_finite, check_range, check_shape
 from ..core.config import Config
 from ..core.data import package_root
@@ -839,21 +840,13 @@ def load_small(path: str | Path | None = None, device: str | torch.device = "cpu
 
     Raises: FileNotFoundError; ValueError for a file with other or missing tensors.
     """
-    from safetensors.torch import load_file
-
     path = shipped() if path is None else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: expected weights of the motion auto-encoder at {path}; make them with papers10.avatar_forcing.autoencoder.train_autoencoder and save_autoencoder")
     config = about_autoencoder(path).get("config")
     if config is None:
         raise ValueError(f"path: expected weights written by papers10.avatar_forcing.autoencoder.save_autoencoder, got {path}, which says no config")
-    model = build_autoencoder(AutoencoderConfig(**config))
-    weights, wanted = load_file(path), model.state_dict()
-    wrong = sorted({*(weights.keys() ^ wanted.keys())} | {name for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape})
-    if wrong:
-        raise ValueError(f"path: expected the tensors of {config}, got missing, unknown or other ones in {path}: {', '.join(wrong[:4])}")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    return model.to(device).eval().requires_grad_(False)
+    return fill_exactly(build_autoencoder(AutoencoderConfig(**config)), path).to(device).eval().requires_grad_(False)
 
 
 def autoencoder_trial(arm: str, seed: int, *, steps: int = 600, faces: int = 200) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .audio import Wav2Vec2Features
 from .model import AvatarForcingConfig, AvatarForcingModel
 from .streaming import StreamingSession
-from ..core.checkpoint import load_tensors
+from ..core.checkpoint import read_weights
 from ..core.checks import check_range
 
 LICENCE = "Avatar Forcing, code and weights: T. Ki et al., CC BY-NC 4.0, for research, not for commercial use. Do not make pictures of people without their consent."
@@ -475,19 +475,10 @@ class LoadReport:
 def read_release(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .pth, .pt or .safetensors file under full released names; nothing in it is executed.
 
-    A mapping inside under "state_dict" or "model" is taken. Raises FileNotFoundError; ValueError for other content, or a name that is there twice.
+    A mapping inside under "state_dict", "model" or "module" is taken. Raises FileNotFoundError; ValueError for other content, or a name that is there twice.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"path: expected a file with weights, got {path}")
-    if path.suffix == ".safetensors":
-        tensors = load_tensors(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        while isinstance(tensors, Mapping) and (inner := next((tensors[key] for key in ("state_dict", "model") if isinstance(tensors.get(key), Mapping)), None)) is not None:
-            tensors = inner
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"path: expected named tensors, got other things in {path.name}")
+    path = Path(path)
+    tensors = read_weights(path)
     named = {full_name(name): value for name, value in tensors.items()}
     if len(named) < len(tensors):
         raise ValueError(f"path: expected each tensor once, got names with and without their prefix in {path.name}")

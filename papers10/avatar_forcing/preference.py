@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from .model import STREAMS, AvatarForcingModel
 from .streaming import generate
-from .training import diffusion_forcing_loss, random_windows, sample_block_times, velocity_error
+from .training import WindowBatches, diffusion_forcing_loss, random_windows, sample_block_times, train_to_the_end, velocity_error
 from ..core import distributed
 from ..core.checkpoint import load_tensors, save_tensors
 from ..core.checks import check_choice, check_finite, check_range, check_shape
-from ..core.loop import History, LoopConfig, TrainState, train
+from ..core.loop import History, LoopConfig, TrainState
 from ..core.random import generator, stream_seed
 from ..lm.optim import parameter_groups
 
@@ -206,31 +206,21 @@ def matched_steps(steps: int, cost: float = DPO_COST) -> int:
     return round(check_range("steps", steps, 0) * check_range("cost", cost, 0, open=True))
 
 
-class _Pairs:
+class _Pairs(WindowBatches):
     """Endless batches of windows with their losers; the generator is the state."""
 
     def __init__(self, tensors: Mapping[str, Tensor], losers: Tensor | None, batch_size: int, frames: int, draw: torch.Generator):
         motion = tensors["avatar_motion"]
         # Side by side, so that one crop cuts both.
-        self.tensors = dict(tensors) if losers is None else {**tensors, "avatar_motion": torch.cat((motion, losers.to(motion)), -1)}
+        super().__init__(dict(tensors) if losers is None else {**tensors, "avatar_motion": torch.cat((motion, losers.to(motion)), -1)}, batch_size, frames, draw)
         self.width, self.paired = motion.shape[-1], losers is not None
-        self.batch_size, self.frames, self.draw = batch_size, frames, draw
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> dict[str, Tensor]:
-        batch = random_windows(self.tensors, self.batch_size, self.frames, self.draw)
+        batch = super().__next__()
         if self.paired:
             motion, loser = batch["motion"].split(self.width, -1)
             batch.update(motion=motion, loser=loser, ref=motion[:, 0])
         return batch
-
-    def state_dict(self) -> dict:
-        return {}  # the generator is restored by the loop
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
 
 
 class DPOTrainer:
@@ -315,15 +305,7 @@ class DPOTrainer:
 
     def train(self) -> History:
         """Tune to the end and leave the model in eval mode (with averaged weights where `ema` is set)."""
-        self.model.train()
-        evaluate = None if self.evaluate is None else lambda state: self.evaluate(state.model)
-        history = train(self.state, self._step, self.loop, run=self.run, name=self.name, folder=self.folder, evaluate=evaluate)
-        if self.state.average is not None:
-            with torch.no_grad():
-                for key, parameter in self.model.named_parameters():
-                    parameter.copy_(self.state.average[key])
-        self.model.eval()
-        return history
+        return train_to_the_end(self)
 
 
 class FineTuner(DPOTrainer):

@@ -6,7 +6,8 @@ Docs: https://papers10.github.io/papers10/09_avatar_forcing/diffusion_forcing.ht
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'WEIGHTS', 'NORMS', 'REDUCTIONS', 'sample_block_times', 'drop_conditions', 'velocity_error',
-           'diffusion_forcing_loss', 'random_windows', 'MotionTrainer', 'train_motion']
+           'diffusion_forcing_loss', 'random_windows', 'WindowBatches', 'train_to_the_end', 'MotionTrainer',
+           'train_motion']
 
 # %% ../../nbs/09_avatar_forcing/09_diffusion_forcing.ipynb #dad4265d
 from collections.abc import Mapping
@@ -149,7 +150,7 @@ def random_windows(tensors: Mapping[str, Tensor], batch_size: int, frames: int, 
     return made | {"ref": made["motion"][:, 0]}
 
 
-class _Windows:
+class WindowBatches:
     """Endless batches of `random_windows`; the generator is the state."""
 
     def __init__(self, tensors: Mapping[str, Tensor], batch_size: int, frames: int, draw: torch.Generator):
@@ -166,6 +167,19 @@ class _Windows:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+def train_to_the_end(trainer: Any) -> History:
+    """`core.loop.train` with what a trainer holds (state, _step, loop, run, name, folder, evaluate); leaves its model in eval mode, with averaged weights where the loop makes them."""
+    trainer.model.train()
+    evaluate = None if trainer.evaluate is None else lambda state: trainer.evaluate(state.model)
+    history = train(trainer.state, trainer._step, trainer.loop, run=trainer.run, name=trainer.name, folder=trainer.folder, evaluate=evaluate)
+    if trainer.state.average is not None:
+        with torch.no_grad():
+            for key, parameter in trainer.model.named_parameters():
+                parameter.copy_(trainer.state.average[key])
+    trainer.model.eval()
+    return history
 
 
 class MotionTrainer:
@@ -187,7 +201,7 @@ class MotionTrainer:
         self.loop = LoopConfig(steps=steps, accumulate=accumulate, clip_norm=clip_norm, log_every=log_every, eval_every=eval_every, save_every=save_every, amp=amp, ema=ema, seed=seed)
         self.draw = generator(seed, name, "noise", distributed.rank())
         self.windows = generator(seed, name, "windows", distributed.rank())
-        batches = _Windows(tensors, batch_size, model.config.window_frames, self.windows) if isinstance(tensors, Mapping) else tensors
+        batches = WindowBatches(tensors, batch_size, model.config.window_frames, self.windows) if isinstance(tensors, Mapping) else tensors
         optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
         self.state = TrainState(
             model, optimizer, scheduler=schedule(optimizer, kind=decay, warmup=min(warmup, steps // 2), steps=steps), batches=batches, generators={"noise": self.draw, "windows": self.windows},
@@ -202,15 +216,7 @@ class MotionTrainer:
 
     def train(self) -> History:
         """Train to the end and leave the model in eval mode (with averaged weights where `ema` is set)."""
-        self.model.train()
-        evaluate = None if self.evaluate is None else lambda state: self.evaluate(state.model)
-        history = train(self.state, self._step, self.loop, run=self.run, name=self.name, folder=self.folder, evaluate=evaluate)
-        if self.state.average is not None:
-            with torch.no_grad():
-                for key, parameter in self.model.named_parameters():
-                    parameter.copy_(self.state.average[key])
-        self.model.eval()
-        return history
+        return train_to_the_end(self)
 
 
 def train_motion(config: AvatarForcingConfig, tensors: Any, *, steps: int, seed: int = 0, device: str = "cpu", **options: Any) -> tuple[AvatarForcingModel, History]:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..core.checkpoint import fill_exactly
 from ..core.checks import check_choice, check_range, check_shape
 from ..core.data import package_root
 from ..core.loop import LoopConfig, TrainState, train
@@ -412,21 +413,13 @@ def save(model: TinyBackbone, path: str | Path, *, recipe: dict[str, Any] | None
 
 def load(path: str | Path | None = None, device: str | torch.device = "cpu") -> TinyBackbone:
     """The small generator with the weights of `path` (written by `save`), of this library when not given; float32, in eval mode. Raises: FileNotFoundError, ValueError."""
-    from safetensors.torch import load_file
-
     path = shipped() if path is None else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: expected weights of the small generator at {path}; make them with papers10.morphany3d.backbone.train_tiny and save")
     config = about(path).get("config")
     if config is None:
         raise ValueError(f"path: expected weights written by papers10.morphany3d.backbone.save, got {path}, which says no config")
-    model = TinyBackbone(TinyConfig(**config))
-    weights, wanted = load_file(path), model.state_dict()
-    wrong = sorted({*(weights.keys() ^ wanted.keys())} | {name for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape})
-    if wrong:
-        raise ValueError(f"path: expected the tensors of {config}, got missing, unknown or other ones in {path}: {', '.join(wrong[:4])}")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    return model.to(device).eval().requires_grad_(False)
+    return fill_exactly(TinyBackbone(TinyConfig(**config)), path).to(device).eval().requires_grad_(False)
 
 
 def about(path: str | Path | None = None) -> dict[str, Any]:

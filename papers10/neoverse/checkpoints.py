@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.checkpoint import load_tensors
+from ..core.checkpoint import read_weights
 from ..core.checks import check_choice
 from .reconstructor import IMAGE_MEAN, IMAGE_STD, NeoVerseReconstructor, ReconstructorConfig
 
@@ -147,20 +147,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     A mapping inside under "state_dict", "model" or "module" is taken, and "module." before every name is removed. Raises FileNotFoundError, ValueError.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: expected a file with weights, got {path}")
-    if path.suffix == ".safetensors":
-        tensors = load_tensors(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        while isinstance(tensors, Mapping) and (inner := next((key for key in ("state_dict", "model", "module") if isinstance(tensors.get(key), Mapping)), None)):
-            tensors = tensors[inner]
-        if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise ValueError(f"path: expected a file of named tensors, got {type(tensors).__name__} with other things in {path.name}")
+    tensors = read_weights(path)
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return dict(tensors)
+    return tensors
 
 
 def fill(model: NeoVerseReconstructor, tensors: Mapping[str, Tensor], layout: str | None = None) -> LoadReport:
