@@ -92,7 +92,7 @@ def read_parameters(autoencoder: Any, frames: Any, *, faces: int = 600, seed: in
 def demo_command(host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1", port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860, clients: Annotated[int, typer.Option(min=1, help="Conversations at once.")] = 4,
                  workers: Annotated[int, typer.Option(min=1, help="Threads that compute.")] = 1, allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Needed for an address that others can reach. There is no password.")] = False,
                  browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True, speech: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Recording that the avatar speaks, in a circle; generated speech when not given.")] = None,
-                 checkpoint: Checkpoint = None, portrait: Portrait = "renderer", watermark: Watermark = True, steps: Steps = 8, cfg_audio: CfgAudio = 2.0, cfg_user: CfgUser = 1.0, seed: Seed = 0) -> None:
+                 checkpoint: Checkpoint = None, portrait: Portrait = "renderer", watermark: Watermark = True, steps: Steps = 8, cfg_audio: CfgAudio = 1.5, cfg_user: CfgUser = 2.5, seed: Seed = 0) -> None:
     with refused():
         from papers10.avatar_forcing.demo import PORTRAITS, ConversationHost, SpeechTrack, serve
         from papers10.core.checks import check_choice
