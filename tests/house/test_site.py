@@ -9,6 +9,9 @@ import pytest
 
 from papers10.core import site
 
+# The whole book is built once, which takes minutes on a slow machine and counts for the first test that asks for it.
+pytestmark = pytest.mark.timeout(1200)
+
 FLAGS = [
     "--disable-component-update",
     "--disable-sync",
