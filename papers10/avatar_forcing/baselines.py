@@ -19,13 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .model import STREAMS, AvatarForcingConfig, AvatarForcingModel
-from .streaming import generate
+from .streaming import branch_flags, generate, voice_guidance
 from .training import MotionTrainer, diffusion_forcing_loss
 from ..core.checks import check_range
 from ..core.config import replace
 from ..core.loop import TrainState
 from ..core.random import generator, seeded
-from ..flow.guidance import independent, joint
 from ..flow.schedule import sigma_grid
 
 # %% ../../nbs/09_avatar_forcing/14_baselines.ipynb #86c9e2e5
@@ -116,9 +115,9 @@ class BidirectionalWindows:
         if not self.user:
             streams |= {"user_audio": None, "user_motion": None}
             cfg_user = 0.0
-        guidance = {"independent": independent, "joint": joint}[cfg_mode]({"audio": cfg_audio, "user": cfg_user})
+        guidance = voice_guidance(cfg_audio, cfg_user, cfg_mode)
         branches, times, draw = guidance.branches(1.0), 1 - sigma_grid(num_steps), generator(seed, "windows")
-        keep = {name: torch.tensor([float(part in branch) for branch in branches for _ in range(n)]) for name, part in zip(STREAMS, ("audio", "user", "user"))}
+        keep = branch_flags(branches, n)
         ref = ref_motion.to(model.generator.embed.weight)
         motion = ref.new_zeros(n, 0, model.config.motion_dim)
         with torch.inference_mode():
