@@ -7,6 +7,8 @@ VENV ?= .venv
 CHAPTER ?= deep-delta-learning
 PRESET ?= small
 ARGS ?=
+# Notebooks of `make test`: changed (and every quick one), or all.
+NOTEBOOKS ?= changed
 DOCS ?= _docs
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements/constraints.txt
@@ -21,7 +23,7 @@ SHARED := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 help:
 	@echo "make run        run a chapter and print its verdicts     (CHAPTER=$(CHAPTER) PRESET=$(PRESET) ARGS=)"
-	@echo "make test       every check: style, export, documents, notebooks, pytest"
+	@echo "make test       every check: style, export, documents, notebooks (NOTEBOOKS=all: also those that cannot have changed), pytest"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make docs       build the documentation site in $(DOCS)  (Quarto where it is found, else the preview)"
 	@echo "make bench      measure the kernels                      (ARGS=--quick)"
@@ -81,10 +83,10 @@ check-documents: $(DEV)
 	@$(BIN)/python -m papers10.core.site documents --check
 
 check-notebooks: $(DEV)
-	@$(SHARED) $(BIN)/python -m papers10.core.site execute
+	@$(SHARED) $(BIN)/python -m papers10.core.site execute $(if $(filter all,$(NOTEBOOKS)),,--skip-proven-over 8)
 
 check-tests: $(DEV)
-	@$(SHARED) $(BIN)/python -m pytest -rs $(ARGS)
+	@$(SHARED) $(BIN)/python -m pytest -rs -n 2 --dist loadfile $(ARGS)
 
 install: $(BASE)
 	@:

@@ -35,6 +35,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from . import freshness
 from .optional import need
 
 # %% ../../nbs/shared/core/site.ipynb #7bf057cf
@@ -226,15 +227,22 @@ def _repository_links(text: str) -> str:
 
 # %% ../../nbs/shared/core/site.ipynb #dc464adb
 def execute(
-    paths: Iterable[Path | str] | None = None, *, workers: int = 2, write: bool = True, timeout: int = 180
+    paths: Iterable[Path | str] | None = None,
+    *,
+    workers: int = 2,
+    write: bool = True,
+    timeout: int = 180,
+    skip_proven_over: float | None = None,
 ) -> dict[str, float]:
     """Runs notebooks top to bottom, each in a fresh kernel.
 
     Args:
         paths: notebooks; all of the checkout except the chapters' `reproduce.ipynb` if None.
         workers: how many kernels run at the same time.
-        write: store the outputs in the notebook and clean it, in place.
+        write: store the outputs in the notebook, clean it, in place, and remember in `nbs/executed.json` that it ran.
         timeout: seconds allowed to one cell.
+        skip_proven_over: pages that took more seconds than this when they ran last are left out if nothing that they
+            depend on has changed since (`core.freshness`). None runs all.
 
     Returns:
         Seconds by notebook.
@@ -248,6 +256,12 @@ def execute(
         chosen = [path for path in notebooks() if not _is_run_notebook(path.relative_to(root / "nbs"))]
     else:
         chosen = [Path(path).resolve() for path in paths]
+    if skip_proven_over is not None:
+        known = freshness.record(root)
+        took = {path: freshness.proven(os.path.relpath(path, root / "nbs"), root, known) for path in chosen}
+        left_out = [path for path in chosen if took[path] is not None and took[path] > skip_proven_over]
+        chosen = [path for path in chosen if path not in left_out]
+        print(f"{len(left_out)} notebooks are as they were when they last ran ({sum(took[path] for path in left_out):.0f} s); {len(chosen)} run now", flush=True)
     seconds: dict[str, float] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(workers) as pool:
@@ -256,6 +270,8 @@ def execute(
             name = os.path.relpath(path, root)
             error, seconds[name] = job.result()
             print(f"{'ok    ' if error is None else 'FAILED'} {seconds[name]:6.1f} s  {name}", flush=True)
+            if error is None and write and (root / "nbs") in path.parents:
+                freshness.remember({os.path.relpath(path, root / "nbs"): seconds[name]}, root)
             if error is not None:
                 failures.append(f"{name}\n{textwrap.indent(error, '    ')}")
     if failures:
@@ -1136,6 +1152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--write", action="store_true", help="store the outputs and clean the notebooks")
     run.add_argument("--workers", type=int, default=2)
     run.add_argument("--timeout", type=int, default=180, help="seconds for one cell")
+    run.add_argument("--skip-proven-over", type=float, metavar="SECONDS", help="leave out pages that took longer and did not change since")
     commands.add_parser("unchanged", help="export and clean, and say which files that changed")
     given = parser.parse_args(arguments)
     try:
@@ -1181,7 +1198,7 @@ def _documents_command(given) -> int:
 
 
 def _execute_command(given) -> int:
-    seconds = execute(given.paths or None, workers=given.workers, write=given.write, timeout=given.timeout)
+    seconds = execute(given.paths or None, workers=given.workers, write=given.write, timeout=given.timeout, skip_proven_over=given.skip_proven_over)
     print(f"{len(seconds)} notebooks passed")
     return 0
 
