@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_range, check_shape
 from ..core.distributed import merge_moments
 
-# %% ../../nbs/shared/rl/advantages.ipynb #e20a7939
+# %% ../../nbs/shared/rl/advantages.ipynb #a3f62245
 def group_ids_from_count(n_rows: int, num_generations: int, device: Any = None) -> Int64[Tensor, "n"]:
     """Ids 0, 0, …, 1, 1, … of groups of `num_generations` neighbouring rows.
 
@@ -32,7 +32,7 @@ def group_ids_from_count(n_rows: int, num_generations: int, device: Any = None) 
     _count("num_generations", num_generations)
     if n_rows % num_generations:
         raise ValueError(f"num_generations: expected a divisor of the {n_rows} rows, got {num_generations}")
-    return torch.arange(n_rows, device=device) // num_generations
+    return torch.arange(n_rows // num_generations, device=device)[:, None].expand(-1, num_generations).reshape(-1)
 
 
 def _count(name: str, value: Any) -> None:
@@ -56,7 +56,8 @@ class _Groups(NamedTuple):
 
     def spread(self, values: Tensor) -> Tensor:
         if self.width:
-            return values[:, None].expand(-1, self.width).reshape(-1)
+            # clone: reshape may give a view of one number, which must not be written to.
+            return values[:, None].expand(-1, self.width).clone(memory_format=torch.contiguous_format).view(-1)
         return values.index_select(0, self.inverse)
 
     def range(self, rows: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def _integers(ids: Tensor) -> _Groups:
 def _neighbours(n: int, width: int, device: torch.device) -> _Groups:
     inverse = group_ids_from_count(n, width, device)
     groups = n // width
-    return _Groups(inverse, torch.full((groups,), width, device=device), torch.arange(groups, device=device), int(width))
+    return _Groups(inverse, torch.full((groups,), width, device=device), torch.arange(groups, device=device), int(width) if width > 1 else None)
 
 # %% ../../nbs/shared/rl/advantages.ipynb #abde81b1
 def _values(name: str, values: Any) -> tuple[Tensor, torch.dtype]:
@@ -170,7 +171,7 @@ def _ddof(name: str, value: Any) -> None:
     if isinstance(value, bool) or value not in (0, 1):
         raise ValueError(f"{name}: expected 0 (population) or 1 (sample), got {value!r}")
 
-# %% ../../nbs/shared/rl/advantages.ipynb #b0927125
+# %% ../../nbs/shared/rl/advantages.ipynb #eccd8c24
 class GroupStats(NamedTuple):
     """Statistics of groups. Fields: mean, std, count, range [groups]; inverse [N], the group of each row; ids, the label of each group (sorted when integer, else in order of appearance)."""
 
@@ -186,7 +187,8 @@ def _measure(rows: Tensor, groups: _Groups, ddof: int) -> tuple[GroupStats, Tens
     """Statistics in the dtype of `rows`, and the rows minus their group's mean (exactly 0 where the range is)."""
     mean = groups.sum(rows) / groups.count.clamp(min=1)
     extent = groups.range(rows)
-    centred = rows - groups.spread(mean)
+    centred = groups.spread(mean)
+    torch.sub(rows, centred, out=centred)
     flat = extent == 0
     if bool(flat.any()):
         centred = centred.masked_fill_(groups.spread(flat), 0.0)
@@ -212,7 +214,7 @@ def group_stats(rewards: Shaped[Tensor, "n"], group_ids: Any, *, ddof: int = 1) 
     stats, _ = _measure(rows, _labels("group_ids", group_ids, len(rows), rows.device), ddof)
     return _narrow(stats, torch.float64 if dtype == torch.float64 else torch.float32)
 
-# %% ../../nbs/shared/rl/advantages.ipynb #604cf372
+# %% ../../nbs/shared/rl/advantages.ipynb #456b2748
 class AdvantageInfo(NamedTuple):
     """What `group_advantages` found. Fields: stats (over trajectories where they count), informative [groups] bool: at least two different rewards, frac_informative: their share."""
 
@@ -281,9 +283,9 @@ def _subset(groups: _Groups, kept: Tensor) -> _Groups:
     return found._replace(ids=ids)
 
 
-def _divide(values: Tensor, by: Tensor) -> Tensor:
-    """values / by, with the values as they are where by is 0 (only a deviation of 0 with eps=0 is)."""
-    return values / torch.where(by == 0, torch.ones_like(by), by)
+def _inverse(std: Tensor) -> Tensor:
+    """1 / std, and 1 where it is 0 (only a deviation of 0 with eps=0 is)."""
+    return 1 / torch.where(std == 0, torch.ones_like(std), std)
 
 
 def _relative(rows: Tensor, groups: _Groups, baseline, scale, ddof, eps, singleton) -> tuple[Tensor, GroupStats]:
@@ -300,10 +302,10 @@ def _relative(rows: Tensor, groups: _Groups, baseline, scale, ddof, eps, singlet
         advantages = torch.where(groups.spread(alone), rows, advantages)
         std = std.masked_fill(alone, 1.0)
     if scale == "group":
-        advantages = _divide(advantages, groups.spread(std + eps))
+        advantages = advantages.mul_(groups.spread(_inverse(std + eps)))
     elif scale == "batch" and len(rows):
         whole = (rows - rows.mean()).square().sum() / max(len(rows) - ddof, 1)
-        advantages = _divide(advantages, whole.sqrt() + eps)
+        advantages = advantages.mul_(_inverse(whole.sqrt() + eps))
     return advantages, stats
 
 
@@ -365,7 +367,7 @@ def group_advantages(
     result = problem.back(advantages)
     return (result, _info(stats, problem.dtype)) if return_info else result
 
-# %% ../../nbs/shared/rl/advantages.ipynb #8b62704a
+# %% ../../nbs/shared/rl/advantages.ipynb #5164bad3
 class BatchNormInfo(NamedTuple):
     """What `batch_normalize` used. Fields: mean, std, scale (the factor), count: 0-d, or [minibatches] with ids."""
 
@@ -401,6 +403,8 @@ def _batch_factor(rows: Tensor, groups: _Groups, ddof, eps, max_scale, process_g
     if process_group is not None:
         mean, squares, count = _moments_of_ranks(mean, squares, count, groups.ids, process_group)
     std = (squares / (count - ddof).clamp(min=1)).sqrt()
+    # Group advantages have mean 0; what rounding leaves of it must not move rows that are exactly 0.
+    mean = torch.where(mean.abs() <= 16 * torch.finfo(mean.dtype).eps * std, torch.zeros_like(mean), mean)
     # A batch without any difference has nothing to scale; 1 / eps would only frighten in a log.
     factor = torch.where(std == 0, torch.ones_like(std), 1 / torch.where(std == 0, torch.ones_like(std), std + eps))
     return mean, std, factor if max_scale is None else factor.clamp(max=max_scale), count
@@ -447,7 +451,7 @@ def batch_normalize(
     _finite("advantages", rows, "error")
     groups = _neighbours(len(rows), len(rows), rows.device) if minibatch_ids is None else _labels("minibatch_ids", minibatch_ids, len(rows), rows.device)
     mean, std, factor, count = _batch_factor(rows, groups, ddof, eps, max_scale, process_group)
-    result = ((rows - groups.spread(mean)) * groups.spread(factor)).to(dtype)
+    result = (rows - groups.spread(mean)).mul_(groups.spread(factor)).to(dtype)
     return (result, _batch_info(mean, std, factor, count, None if minibatch_ids is None else groups.ids)) if return_info else result
 
 
@@ -508,12 +512,12 @@ def bn_advantages(
             raise ValueError('batch_minibatch_ids: expected all rows of a trajectory in one mini-batch; level="turn" counts rows')
         batches = _Groups(inverse, torch.bincount(inverse, minlength=len(named.count)), named.ids)
     mean, std, factor, count = _batch_factor(advantages, batches, batch_ddof, batch_eps, batch_max_scale, batch_process_group)
-    result = problem.back((advantages - batches.spread(mean)) * batches.spread(factor))
+    result = problem.back((advantages - batches.spread(mean)).mul_(batches.spread(factor)))
     if not return_info:
         return result
     return result, BNInfo(*_info(stats, problem.dtype), *_batch_info(mean, std, factor, count, None if batch_minibatch_ids is None else batches.ids))
 
-# %% ../../nbs/shared/rl/advantages.ipynb #3742f60f
+# %% ../../nbs/shared/rl/advantages.ipynb #f8fd4949
 class DNAInfo(NamedTuple):
     """What `dna_advantages` did to P pairs of K branches.
 
@@ -653,7 +657,7 @@ def dna_advantages(
     usable = ~(flat | dropped[:, None])
     scaled = torch.where(usable, factor, torch.zeros_like(factor)).view(-1)
     problem = _Problem(rows, cells, dtype, kept, None, None, total)
-    result = problem.back(advantages * cells.spread(scaled))
+    result = problem.back(advantages.mul_(cells.spread(scaled)))
     if not return_info:
         return result
     some, every = (flat & present).any(1), (flat | ~present).all(1)
@@ -686,8 +690,8 @@ def _balance(rows, cells, present, scope, degenerate, target, ddof, eps, atol, c
     """(base advantages [N], degenerate [P, K], signal [P, K], factor [P, K], dropped [P])."""
     stats, centred = _measure(rows, cells, ddof)
     flat = (stats.range <= atol).view(present.shape)
-    weight = torch.where(flat.view(-1), torch.zeros_like(stats.std), 1 / torch.where(flat.view(-1), torch.ones_like(stats.std), stats.std + eps))
-    advantages = centred * cells.spread(weight)
+    weight = _inverse(stats.std + eps).masked_fill(flat.view(-1), 0)
+    advantages = centred.mul_(cells.spread(weight))
     mass = cells.sum(advantages.abs()).view(present.shape)
     count = cells.count.view(present.shape)
     signal = mass / count.clamp(min=1)
