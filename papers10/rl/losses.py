@@ -67,7 +67,7 @@ def sequence_log_ratio(
     mask = _mask(mask, dims)
     return (_token_log_ratio(logp, old_logp, mask).sum(1) / mask.sum(1).clamp(min=1)).clamp(-clamp, clamp)
 
-# %% ../../nbs/shared/rl/losses.ipynb #7ad328f4
+# %% ../../nbs/shared/rl/losses.ipynb #2c779529
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 RATIOS = ("token", "sequence", "sequence_token")
 KL_FORMS = ("k1", "k2", "k3")
@@ -110,31 +110,51 @@ def _row_weights(agg: str, tokens: Tensor, wide: torch.dtype, width: int, count_
     return each.expand_as(lengths)
 
 
-def _surrogate(ratio: Tensor, advantages: Tensor, clip_low, clip_high, dual_clip) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, derivative with respect to the log-ratio, flags) of each unit."""
-    plain = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    active = plain <= clipped
-    loss = -torch.minimum(plain, clipped)
-    flags = {"clip_frac_low": ~active & (advantages < 0), "clip_frac_high": ~active & (advantages > 0)}
+def _surrogate(ratio: Tensor, cost: Tensor, clip_low, clip_high, dual_clip) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, derivative with respect to the log-ratio, flags) of each unit; `cost` is minus the advantage times a weight > 0."""
+    free, clipped = ratio * cost, ratio.clamp(1 - clip_low, 1 + clip_high) * cost
+    cut = free < clipped
+    loss = torch.maximum(free, clipped)
+    bad = cost > 0
+    flags = {"clip_frac": cut, "clip_frac_low": cut & bad, "clip_frac_high": cut & ~bad}
+    slope = free.mul_(~cut)
     if dual_clip is not None:
-        bound = -dual_clip * advantages
-        cut = (advantages < 0) & (loss > bound)
-        loss, active = torch.where(cut, bound, loss), active & ~cut
-        flags["clip_frac_dual"] = cut
-    return loss, torch.where(active, -plain, torch.zeros_like(plain)), flags
+        bound = dual_clip * cost
+        over = bad & (loss > bound)
+        loss, slope = torch.where(over, bound, loss), slope.mul_(~over)
+        flags["clip_frac_dual"] = over
+    return loss, slope, flags
 
 
-def _divergence(kl: str, logp: Tensor, ref_logp: Tensor, mask: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+def _difference(a: Tensor, b: Tensor, mask: Tensor, wide: torch.dtype) -> Tensor:
+    """a − b [B, T] where mask is, else 0; for use without gradient."""
+    return (a.to(wide) - b.to(wide)).masked_fill_(~mask, 0)
+
+
+def _beyond(values: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(values in ±clamp, largest absolute value, where it was beyond: None if that is known to be nowhere)."""
+    if not values.numel():
+        return values, values.sum(), None
+    low, high = values.aminmax()
+    extreme = torch.maximum(-low, high)
+    # Asking is free on a CPU; on a GPU it would hold up the queue.
+    if values.device.type == "cpu" and not extreme > clamp:
+        return values, extreme, None
+    held = values.clamp(-clamp, clamp)
+    return held, extreme, held != values
+
+
+def _divergence(kl: str, logp: Tensor, ref_logp: Tensor, mask: Tensor, wide: torch.dtype, clamp: float) -> tuple[Tensor, Tensor]:
     """(estimate, derivative with respect to logp) of each token; 0 where the mask is."""
-    delta = _token_log_ratio(ref_logp, logp, mask)
+    delta = _difference(ref_logp, logp, mask, wide)
     if kl == "k1":
-        return -delta, mask.to(delta.dtype)
+        return -delta, mask.to(wide)
     if kl == "k2":
-        return delta.square() / 2, -delta
-    held = delta.clamp(-clamp, clamp)
-    grown = held.exp()
-    return grown - held - 1, torch.where(held == delta, 1 - grown, torch.zeros_like(grown))
+        return delta.square() / 2, delta.neg_()
+    held, _, outside = _beyond(delta, clamp)
+    grown = torch.expm1(held)
+    estimate, pull = grown - held, grown.neg_()
+    return estimate, pull if outside is None else pull.mul_(~outside)
 
 
 def _check_options(ratio, clip_low, clip_high, dual_clip, ref_logp, kl_coef, kl, agg, max_length, global_tokens, global_seqs, clamp) -> None:
@@ -229,60 +249,55 @@ def _evaluate(logp, old_logp, advantages, mask, dims, ratio, clip_low, clip_high
     """(loss, derivative with respect to logp [B, T], metrics)."""
     wide = _wide(logp)
     tokens = mask.sum(1)
+    lengths = tokens.clamp(min=1)[:, None]
     row_weight = _row_weights(agg, tokens, wide, dims["T"], *counting)[:, None]
-    each = advantages.to(logp.device, wide)
-    each = each[:, None] if each.ndim == 1 else each.masked_fill(~mask, 0)
-    whole_rows = ratio != "token" and advantages.ndim == 1
+    advantages = advantages.to(logp.device, wide)
+    # Where ratio and advantage are one number a row, so is everything up to the gradient.
+    by_row = advantages.ndim == 1
+    rows = by_row and ratio != "token"
+    # The loss is homogeneous in the advantage, so weights and mask may enter with it.
+    cost = -(advantages[:, None] if by_row else advantages.masked_fill(~mask, 0)) * row_weight
+    cost = cost * (tokens[:, None] if rows else mask)
 
-    log_ratio = _token_log_ratio(logp, logp if old_logp is None else old_logp.detach(), mask).to(wide)
+    log_ratio = torch.zeros_like(logp, dtype=wide) if old_logp is None else _difference(logp, old_logp.detach(), mask, wide)
     if ratio != "token":
-        log_ratio = log_ratio.sum(1, keepdim=True) / tokens.clamp(min=1)[:, None]
-    held = log_ratio.clamp(-clamp, clamp)
+        log_ratio = log_ratio.sum(1, keepdim=True) / lengths
+    held, extreme, outside = _beyond(log_ratio, clamp)
     rho = held.exp()
-    loss, slope, flags = _surrogate(rho, each, clip_low, clip_high, dual_clip)
-    outside = held != log_ratio
-    slope = slope.masked_fill(outside, 0)
+    loss, slope, flags = _surrogate(rho, cost, clip_low, clip_high, dual_clip)
+    if outside is not None:
+        slope = slope.mul_(~outside)
+    gradient = (slope.sum(1, keepdim=True) / lengths) * mask if rows or ratio == "sequence" else slope
+    if loss_weights is not None:
+        weights = _rows("loss_weights", loss_weights, dims, wide, logp.device)
+        loss, gradient = loss * weights, gradient * weights
+    policy = loss.sum()
 
-    weights = _rows("loss_weights", loss_weights, dims, wide, logp.device)
-    scaled = row_weight if weights is None else row_weight * weights
-    # Where a number stands for a whole row, the row's tokens are counted instead of visited.
-    counted = tokens.to(wide)[:, None] if loss.shape[1] == 1 else mask.to(wide)
-    policy = (loss * counted * scaled).sum()
-    if ratio == "sequence" and slope.shape[1] > 1:
-        slope = (slope * mask).sum(1, keepdim=True) / tokens.clamp(min=1)[:, None]
-    gradient = torch.where(mask, slope * scaled, torch.zeros((), dtype=wide, device=logp.device))
-
-    units = (tokens > 0)[:, None] if whole_rows else mask
-    metrics = _metrics(flags, rho, log_ratio, outside, units, mask, tokens, policy)
+    seqs = (tokens > 0).sum()
+    metrics = _metrics(flags, rho, log_ratio, extreme, outside, seqs if rows else tokens.sum(), tokens.sum() if ratio == "token" else seqs)
+    metrics |= {"policy_loss": policy, "tokens": tokens.sum(), "seqs": seqs, "empty_rows": len(tokens) - seqs}
     value = policy
     if ref_logp is not None:
-        distance, pull = _divergence(kl, logp, ref_logp.detach(), mask, clamp)
-        metrics["kl"] = distance.sum() / tokens.sum().clamp(min=1)
+        distance, pull = _divergence(kl, logp, ref_logp.detach(), mask, wide, clamp)
+        metrics["kl"] = distance.sum() / metrics["tokens"].clamp(min=1)
         if kl_coef:
-            weights = _rows("kl_weights", kl_weights, dims, wide, logp.device)
-            pulled = kl_coef * (row_weight if weights is None else row_weight * weights)
+            pulled = kl_coef * row_weight
+            if kl_weights is not None:
+                pulled = pulled * _rows("kl_weights", kl_weights, dims, wide, logp.device)
             value = policy + (distance * pulled).sum()
-            gradient = gradient + (pull * pulled).to(wide)
-    return value.to(wide), gradient, metrics
+            gradient = gradient + pull * pulled
+    return value, gradient, metrics
 
 
-def _metrics(flags, rho, log_ratio, outside, units, mask, tokens, policy) -> dict[str, Tensor]:
-    count = units.sum().clamp(min=1)
-    # Where ratio and advantage are one number a row, a unit is a row; else a token.
-    single = units if log_ratio.shape[1] == units.shape[1] else (tokens > 0)[:, None]
-    n = single.sum().clamp(min=1)
-    found = {name: (flag & units).sum() / count for name, flag in flags.items()}
+def _metrics(flags, rho, log_ratio, extreme, outside, units, ratios) -> dict[str, Tensor]:
+    """Shares over `units` of what was clipped, statistics over the `ratios` that count; ratios that do not count are 1."""
+    count, n = units.clamp(min=1), ratios.clamp(min=1)
     return {
-        "policy_loss": policy,
-        "clip_frac": found["clip_frac_low"] + found["clip_frac_high"],
-        **found,
-        "ratio_mean": (rho * single).sum() / n,
-        "log_ratio_mean": (log_ratio * single).sum() / n,
-        "log_ratio_max": (log_ratio * single).abs().amax() if log_ratio.numel() else log_ratio.sum(),
-        "n_clamped": (outside & single).sum(),
-        "tokens": tokens.sum(),
-        "seqs": (tokens > 0).sum(),
-        "empty_rows": (tokens == 0).sum(),
+        **{name: flag.sum() / count for name, flag in flags.items()},
+        "ratio_mean": (rho.sum() - (rho.numel() - ratios)) / n,
+        "log_ratio_mean": log_ratio.sum() / n,
+        "log_ratio_max": extreme,
+        "n_clamped": torch.zeros_like(units) if outside is None else outside.sum(),
     }
 
 # %% ../../nbs/shared/rl/losses.ipynb #b42af37c

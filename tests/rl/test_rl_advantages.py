@@ -576,6 +576,37 @@ def test_processes_that_are_not_there():
         A.batch_normalize(draw(4), process_group=object())
 
 
+# ---------------------------------------------------------------- annotations and devices
+
+
+def test_shapes_in_the_annotations_are_kept():
+    beartype = pytest.importorskip("beartype", reason="development extra: pip install 'papers10[dev]'").beartype
+    from jaxtyping import jaxtyped
+
+    def checked(function):
+        return jaxtyped(typechecker=beartype)(function)
+
+    rewards, ids = torch.tensor(PAIR), torch.arange(16) // 8
+    for values in (rewards, rewards.tolist(), rewards.numpy()):
+        found = checked(A.group_advantages)(values, ids)
+        checked(A.bn_advantages)(values, ids, return_info=True)
+        checked(A.dna_advantages)(values, **EIGHT, return_info=True)
+        checked(A.group_stats)(values, ids)
+    checked(A.batch_normalize)(found)
+    checked(A.expand_to_tokens)(found, torch.ones(16, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_card_gives_the_same(name):
+    rewards, groups = draw(4096), torch.randint(512, (4096,), generator=generator(0, "card"))
+    found = FUNCTIONS[name](rewards.cuda(), groups.cuda())
+    assert found.is_cuda
+    # Sums in float64, in another order.
+    torch.testing.assert_close(found.cpu(), FUNCTIONS[name](rewards, groups), atol=1e-12, rtol=1e-12)
+
+
 # ---------------------------------------------------------------- tokens
 
 

@@ -318,6 +318,32 @@ def test_advantages_and_references_get_no_gradient():
     assert not any(value.requires_grad for value in metrics.values())
 
 
+def test_shapes_in_the_annotations_are_kept():
+    beartype = pytest.importorskip("beartype", reason="development extra: pip install 'papers10[dev]'").beartype
+    from jaxtyping import jaxtyped
+
+    logp, old, ref, mask, advantages = batch()
+    loss = jaxtyped(typechecker=beartype)(L.policy_loss)
+    for values in (advantages, advantages[:, None].expand_as(mask)):
+        loss(logp, old, values, mask, ref_logp=ref, kl_coef=0.1, loss_weights=advantages.abs(), kl_weights=mask[:, 0])
+    jaxtyped(typechecker=beartype)(L.token_log_ratio)(logp, old, mask)
+    jaxtyped(typechecker=beartype)(L.sequence_log_ratio)(logp, old, mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", L.RATIOS)
+def test_the_card_gives_the_same(form):
+    logp, old, ref, mask, advantages = batch()
+    options = dict(ratio=form, kl_coef=0.1, dual_clip=2.0)
+    loss, metrics = L.policy_loss(logp, old, advantages, mask, ref_logp=ref, **options)
+    there = logp.detach().cuda().requires_grad_()
+    moved, measured = L.policy_loss(there, old.cuda(), advantages.cuda(), mask.cuda(), ref_logp=ref.cuda(), **options)
+    torch.testing.assert_close(moved.cpu(), loss, **CLOSE)
+    torch.testing.assert_close(gradient(moved, there).cpu(), gradient(loss, logp), **CLOSE)
+    assert all(measured[name].cpu() == pytest.approx(value, abs=1e-9) for name, value in metrics.items())
+
+
 # ---------------------------------------------------------------- other trainers
 
 
