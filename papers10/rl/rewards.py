@@ -63,12 +63,12 @@ def _boxed(text: str) -> str | None:
             return text[begin + 1 : place].strip()
     return None
 
-# %% ../../nbs/shared/rl/rewards.ipynb #fa3b806a
+# %% ../../nbs/shared/rl/rewards.ipynb #0711447d
 _ALONE = re.compile(r"[\(\[]?\s*([A-Za-z])\s*[\)\]]?\s*[.:]?")
 _LEADS = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?[\(\[]?([A-Z])(?:[.:](?=\s|$)|[\)\]])\s*(.*)", re.DOTALL)
 _NAMED = re.compile(r"(?:option|choice|answer)\s*:?\s*[\(\[]?([A-Za-z])[\)\]]?\s*\.?", re.IGNORECASE)
 _SAID = re.compile(
-    r"\banswer\s*(?:is|:|=)\s*:?\s*(?:option\s+|choice\s+)?\**([\(\[]?)([A-Z])([\)\]]?)(?![\w'’-])(?!\s*(?:or|and|/|,|&)\s*[\(\[]?[A-Z]\b)(\**\s*(?:[.,;:!\)\]\n]|because\b|since\b|as\b|$))?",
+    r"\banswer\s*(?:is|:|=)\s*:?\s*(?:option\s+|choice\s+)?\**([\(\[]?)([A-Z])([\)\]]?)(?![\w'’-])(?!\s*(?:or|and|/|,|&)\s*[\(\[]?(?-i:[A-Z])\b)(\**\s*(?:[.,;:!\)\]\n]|because\b|since\b|as\b|$))?",
     re.IGNORECASE,
 )
 
@@ -149,7 +149,7 @@ def normalize_text(text: str) -> str:
     kept = "".join(c for c in kept if unicodedata.category(c)[0] != "P")
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
-# %% ../../nbs/shared/rl/rewards.ipynb #e4b5125e
+# %% ../../nbs/shared/rl/rewards.ipynb #2443d0e6
 class Reward:
     """A reward function with a name, which trainers log, and fixed options. Called like the function."""
 
@@ -231,7 +231,7 @@ def format_reward(think_tag: str = "think", answer_tag: str = "answer", *, lette
     for name, tag in (("think_tag", think_tag), ("answer_tag", answer_tag)):
         if not isinstance(tag, str) or not re.fullmatch(r"[\w-]+", tag):
             raise ValueError(f"{name}: expected a name of letters, digits, - or _, got {tag!r}")
-    return Reward(_format, "format_reward", think_tag=think_tag, answer_tag=answer_tag, letters=letters, opened=opened, ends=tuple(ends))
+    return Reward(_format, "format_reward", think_tag=think_tag, answer_tag=answer_tag, letters=letters, opened=opened, ends=tuple(end for end in ends if end))
 
 
 def _format(prompts: Any, completions: Any, *, think_tag: str, answer_tag: str, letters: str | None, opened: bool, ends: tuple[str, ...], options: Any = None, **columns: Any) -> list[float]:

@@ -10,7 +10,7 @@ __all__ = ['PAPER_CATEGORIES', 'TABLE_1', 'BENCHMARKS', 'TABLE_2', 'TABLE_3', 'T
            'total_variation', 'prior_gap', 'visual_gap', 'pair_divergence', 'Usefulness', 'usefulness', 'marginal',
            'gain', 'paper_rows', 'mcnemar_range', 'pairs_needed', 'mcnemar_power']
 
-# %% ../../nbs/08_taming_hallucinations/16_evaluation.ipynb #528225d0
+# %% ../../nbs/08_taming_hallucinations/16_evaluation.ipynb #f4141aa7
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from ..core.checks import check_probability, check_range
+from ..core.random import numpy_generator
 from ..core.stats import Interval, McNemar, mcnemar_exact, wilson_interval
 from ..rl.rewards import LETTERS, extract_option
 
@@ -320,7 +321,7 @@ def paper_rows(extra: Mapping[str, PairReport] | None = None) -> list[dict[str, 
         rows.append({"model": model, "pairs": report.n, **shares, **mine, "source": "ours, procedural clips"})
     return rows
 
-# %% ../../nbs/08_taming_hallucinations/16_evaluation.ipynb #0f146537
+# %% ../../nbs/08_taming_hallucinations/16_evaluation.ipynb #11bfe1d3
 def mcnemar_range(share_a: float, share_b: float, n: int) -> dict[str, np.ndarray]:
     """The exact McNemar p-value for every number of discordant pairs that two printed shares allow.
 
@@ -356,7 +357,6 @@ def pairs_needed(difference: float, discordant: float, *, power: float = 0.8, le
 
 def mcnemar_power(n: int, difference: float, discordant: float, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> float:
     """Share of simulated tests of n pairs that find the difference, by the exact test. Arguments as `pairs_needed`."""
-    from papers10.core.random import numpy_generator
     from scipy.stats import binom
 
     check_range("n", n, 1)

@@ -51,6 +51,7 @@ def test_containing_the_right_letter_is_not_enough(text):
     ("<answer>B</answer>", "B"), ("<answer>(b)</answer>", "B"), ("<answer>[C].</answer>", "C"), ("<answer>B. it vanishes</answer>", "B"), ("<answer>(D) splits</answer>", "D"), ("<answer>Option C</answer>", "C"),
     ("<answer>It  vanishes!</answer>", "B"), ("<answer>**A**</answer>", "A"), ("<answer>A</answer><answer>C</answer>", "C"), ("<answer>A</answer> so <answer>", "A"),
     ("The answer is (A).", "A"), ("the answer is A because it stays", "A"), ("The answer is A dog", None), ("Answer: D", "D"), ("the final answer is: **C**", "C"), ("the answer is a", "A"), ("the answer is it", None),
+    ("The answer is B, a red square.", "B"), ("The answer is B, C", None), ("The answer is (B) and not C", "B"),
     (r"thus $\boxed{A}$ done", "A"), (r"\boxed{\text{A}}", None), ("<think>the answer is C", None), ("<think>the answer is C</think>", None), ("<think>C</think>D", "D"), ("B<|im_end|>\n", "B"), ("", None),
     ("<answer>E</answer>", None), ("The answer is E.", None), ("<answer>maybe B?</answer>", None),
 ])
@@ -85,6 +86,7 @@ def test_form_with_other_tags_free_answers_and_an_opened_prompt():
     assert format_reward("thinking", "reply", letters=None)(None, ["<thinking>a</thinking><reply>the red one</reply>"]) == [1.0]
     assert format_reward(opened=True)(None, ["a</think><answer>B</answer>", GOOD]) == [1.0, 0.0]
     assert format_reward()(None, [GOOD], options=[["yes"]]) == [0.0]
+    assert format_reward(ends=("", "END"))(None, [GOOD + "END"]) == [1.0]
     with pytest.raises(ValueError, match="think_tag"):
         format_reward("a b")
 
