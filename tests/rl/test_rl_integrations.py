@@ -233,6 +233,50 @@ def test_trl_with_other_methods_is_refused():
         trl._check_methods(Moved)
 
 
+TWO_PROCESSES = """
+import sys
+import datasets, torch, transformers
+from accelerate.utils import gather_object
+from papers10.rl.advantages import dna_advantages
+from papers10.rl.integrations import trl
+
+words, folder = "the square goes right left up down ; where A B C D".split(), sys.argv[1]
+moves = dict(zip(words[3:7], "ABCD"))
+data = [{"prompt": f"the square goes {move} ; where", "pair_id": i // 2, "branch": ("real", "cf")[i % 2], "answer": moves[move]} for i, move in enumerate([*moves] * 2)]
+seen = []
+
+
+class Watched(trl.DNATrainer):
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        seen.append((output["advantages"].clone(), [(row["pair_id"], row["branch"]) for row in inputs], self._kept_rewards.clone()))
+        return output
+
+
+model, tokenizer = trl.rehearsal_model(words, seed=1)
+arguments = trl.dna_config(folder, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=3, max_steps=2, learning_rate=1e-2, report_to=[],
+                           save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=0)
+trainer = Watched(model=model, reward_funcs=lambda completions, answer, **_: [float(a in c.split()) for a, c in zip(answer, completions)], args=arguments,
+                  train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer)
+trainer.train()
+for advantages, rows, rewards in seen:
+    everybody, ids = torch.tensor(gather_object(advantages.tolist())), gather_object(rows)
+    expected = dna_advantages(rewards[:, 0], pair_ids=[pair for pair, _ in ids], branch=[branch for _, branch in ids])
+    assert len(everybody) == 32 and torch.equal(everybody, expected) and expected.any()
+open(f"{folder}/{trainer.accelerator.process_index} of {trainer.accelerator.num_processes} agrees", "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_trl_two_processes(tmp_path):
+    """Two processes hold half of a batch each; together they have the advantages of the whole."""
+    pytest.importorskip("trl")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "train.py"), str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert sorted(path.name for path in tmp_path.glob("*agrees")) == ["0 of 2 agrees", "1 of 2 agrees"], done.stderr[-2000:]
+
+
 def test_trl_slices_belong_to_the_process():
     """The second of two processes gets the second half, from rewards and columns gathered in one order."""
     from papers10.rl.integrations import trl

@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/shared/rl/trl.html.md"""
 # %% auto #0
 __all__ = ['TESTED', 'GroupRelativeMixin', 'dna_config', 'bn_gspo_config', 'rehearsal_model']
 
-# %% ../../../nbs/shared/rl/trl.ipynb #76d00e40
+# %% ../../../nbs/shared/rl/trl.ipynb #6499d468
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ from .common import PAIR_COLUMNS, AdvantageFunction, UnsupportedVersion, advanta
 from ..sampling import PairRepeatSampler
 
 # TRL versions for which the overridden methods were read and tested: from the first up to, not including, the second.
-TESTED = ("1.16", "1.17")
+TESTED = ("1.10", "1.17")
 
-# %% ../../../nbs/shared/rl/trl.ipynb #587e6588
+# %% ../../../nbs/shared/rl/trl.ipynb #ba968c75
 _METHODS = {
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_and_score_completions": ("inputs",),
@@ -36,7 +36,7 @@ def _check_methods(base: type) -> None:
     for name, parameters in _METHODS.items():
         found = tuple(inspect.signature(getattr(base, name)).parameters)[1:] if hasattr(base, name) else None
         if found != parameters:
-            raise UnsupportedVersion(f"trl: expected {base.__name__}.{name}({', '.join(parameters)}) as in {TESTED[0]}, got {found}; install trl from {TESTED[0]} up to, not including, {TESTED[1]}")
+            raise UnsupportedVersion(f"trl: expected {base.__name__}.{name}({', '.join(parameters)}) as from {TESTED[0]} on, got {found}; install trl from {TESTED[0]} up to, not including, {TESTED[1]}")
 
 
 class GroupRelativeMixin:

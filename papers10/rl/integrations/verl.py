@@ -8,7 +8,7 @@ Docs: https://papers10.github.io/papers10/shared/rl/verl.html.md"""
 __all__ = ['TESTED', 'ESTIMATORS', 'POLICY_LOSSES', 'batch_rows', 'final_rows', 'estimator', 'wrap_compute_advantage',
            'wrap_trainer', 'register']
 
-# %% ../../../nbs/shared/rl/verl.ipynb #ac8f903b
+# %% ../../../nbs/shared/rl/verl.ipynb #f9230793
 import functools
 import importlib
 import importlib.abc
@@ -31,7 +31,7 @@ from .common import PAIR_COLUMNS, PAIRED, advantage_function, apply_advantage, r
 from ..losses import policy_loss
 
 # verl versions whose registries and trainers were read and tested: from the first up to, not including, the second.
-TESTED = ("0.9", "0.10")
+TESTED = ("0.8", "0.10")
 
 # %% ../../../nbs/shared/rl/verl.ipynb #f3da2dd3
 _ROWS: ContextVar[dict | None] = ContextVar("papers10_verl_rows", default=None)
