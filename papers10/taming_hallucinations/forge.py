@@ -6,13 +6,14 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/forge.html.md
 
 # %% auto #0
 __all__ = ['REAL_CLIPS', 'SEVERITIES', 'TEMPORAL', 'ObjectFinder', 'GATES', 'ATTEMPTS', 'SETTINGS', 'SFT', 'REASONS',
-           'ZERO_REWARD', 'SourceClip', 'real_clips', 'ClipFolder', 'drawn_clips', 'Proposal', 'EditPipeline',
-           'moving_object', 'named_object', 'VisualEdits', 'SceneEditor', 'SceneEdits', 'exact_checks', 'chat_judges',
-           'heat_map', 'outline', 'pair_player', 'GateCount', 'RejectedEdit', 'ForgeReport', 'DualityForge',
-           'read_report', 'draw_gates', 'forge_sft', 'AnswerPolicy', 'PairVerdict', 'FilterReport', 'changed_fraction',
-           'low_quality', 'filter_pairs', 'tiny_policy', 'sampled_policy']
+           'ZERO_REWARD', 'ANSWER_PROMPT', 'SourceClip', 'real_clips', 'ClipFolder', 'drawn_clips', 'Proposal',
+           'EditPipeline', 'moving_object', 'named_object', 'VisualEdits', 'EditorEdits', 'SceneEditor', 'SceneEdits',
+           'exact_checks', 'chat_judges', 'heat_map', 'outline', 'pair_player', 'GateCount', 'RejectedEdit',
+           'ForgeReport', 'DualityForge', 'read_report', 'draw_gates', 'forge_sft', 'AnswerPolicy', 'PairVerdict',
+           'FilterReport', 'changed_fraction', 'low_quality', 'filter_pairs', 'tiny_policy', 'sampled_policy',
+           'chat_policy', 'answer_pairs']
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #787783dd
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #92638323
 import json
 import re
 import textwrap
@@ -34,11 +35,11 @@ from ..core.results import write_atomic
 from .captions import OracleCaption, TemplateCaptioner
 from .clips import OPTIONS, QUESTION_TEXT, QUESTIONS, PairClips, category, draw_pairs, scene_caption
 from .context import CounterfactualContext, Editor, EditResult, VideoEditor, check_clip
-from .dataset import BRANCHES, LETTERS, ClipSource, Journal, PairDataset, PairRecord, PairWriter, SftRecord, read_lines, uniform_frames
+from .dataset import BRANCHES, LETTERS, ClipSource, Journal, PairDataset, PairRecord, PairWriter, SftRecord, prompt_text, read_lines
 from .masks import motion_mask
 from .pixels import PixelEditor
 from .questions import SFT_KINDS, Planned, SftQuestion, SharedQuestion, TemplateQuestionWriter, TemplateSftWriter, place_options, plan_questions, reject_reason
-from .verification import ChangedPixels, EditSample, Judge, MaskLeakage, judge_all
+from .verification import ChangedPixels, ChatVideoJudge, EditSample, Judge, MaskLeakage, frame_parts, judge_all
 
 # %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #bf541e6f
 class SourceClip(NamedTuple):
@@ -104,7 +105,7 @@ def drawn_clips(n: int, *, seed: int, frames: int = 8, size: int = 32, noise: fl
     own = ClipSource(name="drawn", licence="Apache-2.0")
     return [SourceClip(f"drawn-{seed}-{i:04d}", pairs.real[i], fps, own, pairs[i : i + 1]) for i in range(n)]
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #0dd96d54
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #d56bb568
 class Proposal(NamedTuple):
     """What an attempt shall do: `editor`, `mask` bool [F, H, W] or None, what goes into the context with it, and the question where the truth is known (right answers first)."""
 
@@ -301,6 +302,27 @@ class VisualEdits:
         return Proposal(PixelEditor(operation, t0=first, t1=first + length, **severity), mask, scope, region)
 
 
+class EditorEdits:
+    """Any editor as a pipeline: the whole clip, or one object of it.
+
+    editor: a `VideoEditor`, e.g. a generative one. find: as of `VisualEdits`; None edits the whole frame. instruction: for the editor; "{it}" is replaced by the name of the object.
+    Source: paper A.1, pipelines 2 and 3.
+    """
+
+    def __init__(self, editor: VideoEditor, *, find: ObjectFinder | None = None, instruction: str | None = None, min_frames: int = 2):
+        self.editor, self.find, self.instruction, self.min_frames, self.name = editor, find, instruction, min_frames, f"editor {editor.name}"
+
+    def accepts(self, clip: SourceClip) -> bool:
+        return len(clip.video) >= self.min_frames
+
+    def propose(self, clip: SourceClip, draw: np.random.Generator) -> Proposal:
+        mask, it = (None, "whole frame") if self.find is None else self.find(clip.video, draw)
+        if mask is not None and not mask.any():
+            raise ValueError(f"{it}: not found in the clip")
+        said = self.instruction and self.instruction.replace("{it}", it)
+        return Proposal(self.editor, mask, "frame" if mask is None else "object", it, said)
+
+
 class SceneEditor:
     """Changes a drawn scene exactly: the edit that its `PairClips` holds, drawn again from the scene graph."""
 
@@ -367,19 +389,17 @@ class SceneEdits:
         question = SharedQuestion(dimension=category(scenes, 0), question=QUESTION_TEXT[name], options=options, real_answer=0, cf_answer=1)
         return Proposal(SceneEditor(clip.drawn), clip.drawn.mask[0], "object", _scene_object(clip.drawn), _scene_instruction(clip.drawn), question=question)
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #4b5adbdf
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #65c88c1d
 def exact_checks(*, min_changed_fraction: float = 0.002, level: int = 8, leak_level: int = 0, leak_fraction: float = 0.0) -> list[Judge]:
     """Checks that need no model: `ChangedPixels` and `MaskLeakage`. A generative editor, whose decoder touches every pixel a little, needs a `leak_level` of a few grey levels and a small `leak_fraction`."""
     return [ChangedPixels(min_changed_fraction=min_changed_fraction, level=level), MaskLeakage(level=leak_level, max_fraction=leak_fraction)]
 
 
-def chat_judges(base_url: str, models: Sequence[str], *, api_key_env: str = "OPENAI_API_KEY") -> list[Judge]:
-    """One `ChatVideoJudge` for each of `models` behind an OpenAI-compatible endpoint. Raises MissingExtra without the extra `agents`."""
-    from papers10.agents.client import HTTPChatClient
-    from papers10.taming_hallucinations.verification import ChatVideoJudge
-
-    client = HTTPChatClient(base_url, api_key_env=api_key_env)
-    return [ChatVideoJudge(client, model=model) for model in models]
+def chat_judges(client: Any, models: Sequence[str], *, frames: int = 8) -> list[Judge]:
+    """One `ChatVideoJudge` for each of `models`, asked through one `ChatClient` of `papers10.agents`. Its cache makes a run that goes on hear the same verdicts."""
+    if not models:
+        raise ValueError("models: expected at least one, got none")
+    return [ChatVideoJudge(client, model=model, frames=frames) for model in models]
 
 # %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #7a2b0950
 _HEAT = np.array([[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]], np.float64)
@@ -433,7 +453,7 @@ def _time_line(frame: int, frames: int, segment: tuple[int, int], width: int) ->
     line[2:11, edge(frame) : max(edge(frame + 1), edge(frame) + 1)] = 0
     return line
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #1e4be419
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #4e1743a7
 GATES = ("propose", "edit", "judge", "caption", "question")
 ATTEMPTS, SETTINGS = "attempts.jsonl", "forge.json"
 _GOES_ON = " It goes on like this to the end."
@@ -550,7 +570,7 @@ class DualityForge:
     """Makes pairs of clips: propose, edit, judge, caption, question, write.
 
     Args:
-        pipelines: `VisualEdits`, `SceneEdits` or others; each slot draws one.
+        pipelines: `VisualEdits`, `SceneEdits` or others, or editors, which become `EditorEdits`; each attempt draws one.
         judges: that vote on an `EditSample`, see the page on verification; none is allowed. captioner, question_writer: see their pages.
         store: folder, or an open `PairWriter`.
         checks: judges that must all say yes before the others vote; `exact_checks()` when None. min_votes: judges that must say yes; the majority of them when None; a tie refuses.
@@ -560,7 +580,7 @@ class DualityForge:
     """
 
     def __init__(
-        self, pipelines: Sequence[EditPipeline], judges: Sequence[Judge] = (), captioner: Any = None, question_writer: Any = None, store: str | Path | PairWriter = "pairs",
+        self, pipelines: Sequence[EditPipeline | VideoEditor], judges: Sequence[Judge] = (), captioner: Any = None, question_writer: Any = None, store: str | Path | PairWriter = "pairs",
         *, checks: Sequence[Judge] | None = None, min_votes: int | None = None, max_tries: int = 6, keep_rejected: bool = True, format: str = "npz",
     ):
         if not pipelines:
@@ -571,7 +591,8 @@ class DualityForge:
         if min_votes is not None:
             check_range("min_votes", min_votes, 1, len(judges))
         check_range("max_tries", max_tries, 1)
-        self.pipelines, self.judges, self.min_votes, self.max_tries, self.keep_rejected = list(pipelines), list(judges), min_votes, int(max_tries), keep_rejected
+        self.pipelines = [pipeline if hasattr(pipeline, "propose") else EditorEdits(pipeline) for pipeline in pipelines]
+        self.judges, self.min_votes, self.max_tries, self.keep_rejected = list(judges), min_votes, int(max_tries), keep_rejected
         self.captioner = captioner or TemplateCaptioner()
         self.question_writer = question_writer or TemplateQuestionWriter()
         self.store, self.format = store, format
@@ -811,7 +832,7 @@ def _sft_record(record: PairRecord, branch: str, number: int, question: SftQuest
     answer = LETTERS[question.options.index(question.answer)] if question.options else question.answer
     return SftRecord(id=f"{record.pair_id}-{branch}-{number}", video=record.member(branch).video, branch=branch, kind=question.kind, question=question.question, options=question.options, answer=answer, pair_id=record.pair_id)
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #c6fd14c7
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #a7b1ed96
 REASONS = ("low quality", "edit not visible", "answers as for the real clip", "wrong otherwise", "real clip never right", "always right", "informative")
 ZERO_REWARD = REASONS[:5]
 """Classes that are dropped by default: low quality, or no reward on one of the clips."""
@@ -899,11 +920,7 @@ def filter_pairs(
     verdicts = []
     for row, record in enumerate(pairs):
         clips = {branch: pairs.frames(row, branch) for branch in BRANCHES}
-        answers = {}
-        for branch, video in clips.items():
-            seen = video[uniform_frames(len(video), n_frames)]
-            own = {"pair_id": record.pair_id, "branch": branch} if getattr(policy, "wants_pair", False) else {}
-            answers[branch] = _checked_answers(policy(seen, record.question, record.options, n=n, seed=stream_seed(seed, "filter", record.pair_id, branch), **own), n, record)
+        answers = {branch: _asked(policy, pairs, row, record, branch, n, n_frames, seed) for branch in BRANCHES}
         verdicts.append(_verdict(record, clips, answers, n, min_changed_fraction, level, drop))
     return FilterReport(tuple(verdicts), n)
 
@@ -976,3 +993,49 @@ def sampled_policy(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> AnswerPol
 
     answer.wants_pair = True
     return answer
+
+
+ANSWER_PROMPT = """The pictures are frames of one video, in order of time. Answer the question from what they show.
+
+{question}
+
+Think first, then give the letter of one option as <answer>letter</answer>."""
+
+
+def chat_policy(client: Any, *, model: str | None = None, frames: int = 8, temperature: float = 1.0, max_tokens: int = 512) -> AnswerPolicy:
+    """A vision-language model behind a `ChatClient` of `papers10.agents` as a policy.
+
+    Args: frames: shown, spread evenly. temperature: 0 is greedy. max_tokens: of one answer. Source: the order of thinking and answer is the paper's (section 4.2), wording and tag are our choice.
+    """
+    from papers10.rl.rewards import extract_option
+
+    def answer(video: np.ndarray, question: str, options: tuple[str, ...], *, n: int, seed: int) -> list[int | None]:
+        parts = [*frame_parts(video, frames), {"type": "text", "text": ANSWER_PROMPT.format(question=prompt_text(question, options))}]
+        said = client.complete([{"role": "user", "content": parts}], model=model, n=n, seed=seed % 2**31, temperature=temperature, max_tokens=max_tokens)
+        letters = [extract_option(text, list(options)) for text in said.texts]
+        return [None if letter is None else LETTERS.index(letter) for letter in letters]
+
+    return answer
+
+
+def answer_pairs(policy: AnswerPolicy, pairs: PairDataset, path: str | Path, n: int = 1, *, n_frames: int | None = None, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Asks a policy about every clip and writes one line a pair, {"pair_id", "real", "cf"}; goes on where it stopped.
+
+    Args: path: .jsonl. n: 1 writes a letter for each clip, more a list; "" stands for an answer that could not be read. Others as `filter_pairs`.
+    Raises: as `filter_pairs`; ValueError for a file of another n.
+    """
+    check_range("n", n, 1)
+    with Journal(path, "pair_id") as journal:
+        for row, record in enumerate(pairs):
+            if record.pair_id not in journal:
+                said = {branch: ["" if a is None else LETTERS[a] for a in _asked(policy, pairs, row, record, branch, n, n_frames, seed)] for branch in BRANCHES}
+                journal.append({"pair_id": record.pair_id, **{branch: letters[0] if n == 1 else letters for branch, letters in said.items()}})
+            if progress is not None:
+                progress(row + 1, len(pairs))
+    return Path(path)
+
+
+def _asked(policy: AnswerPolicy, pairs: PairDataset, row: int, record: PairRecord, branch: str, n: int, n_frames: int | None, seed: int) -> list[int | None]:
+    own = {"pair_id": record.pair_id, "branch": branch} if getattr(policy, "wants_pair", False) else {}
+    answers = policy(pairs.frames(row, branch, n_frames), record.question, record.options, n=n, seed=stream_seed(seed, "filter", record.pair_id, branch), **own)
+    return _checked_answers(answers, n, record)

@@ -24,12 +24,15 @@ from papers10.taming_hallucinations.forge import (
     SFT,
     ClipFolder,
     DualityForge,
+    EditorEdits,
     Proposal,
     SceneEditor,
     SceneEdits,
     SourceClip,
     VisualEdits,
+    answer_pairs,
     changed_fraction,
+    chat_policy,
     draw_gates,
     drawn_clips,
     exact_checks,
@@ -418,6 +421,46 @@ def test_the_small_model_filters(mixed):
 def test_a_policy_that_answers_wrongly(mixed, answers, message):
     with pytest.raises(ValueError, match=message):
         filter_pairs(lambda *_, **__: answers, mixed, n=4)
+
+
+def test_a_chat_model_as_policy(mixed):
+    from papers10.agents.client import CassetteClient
+
+    client = CassetteClient(lambda messages: "<answer>B</answer>" if "colour" in messages[0]["content"][-1]["text"] else "I cannot see.")
+    found = filter_pairs(chat_policy(client, frames=2), mixed, n=2)
+    assert len(client.requests) == 2 * len(mixed) and all(sum(part["type"] == "image_url" for part in request["messages"][0]["content"]) == 2 for request in client.requests)
+    for verdict, record in zip(found.verdicts, mixed, strict=True):
+        assert verdict.real == ("colour" in record.question and record.real.answer == "B")
+
+
+def test_answers_go_on_where_they_stopped(mixed, tmp_path):
+    from papers10.taming_hallucinations.model import load_base
+
+    policy = tiny_policy(load_base())
+    whole = answer_pairs(policy, mixed, tmp_path / "whole.jsonl", 2).read_bytes()
+    (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
+    assert answer_pairs(policy, mixed, tmp_path / "cut.jsonl", 2).read_bytes() == whole
+    one = [json.loads(line) for line in answer_pairs(policy, mixed, tmp_path / "one.jsonl").read_text().splitlines()]
+    assert {row["real"] for row in one} <= set("ABCD") and len(one) == len(mixed)
+
+
+def test_a_bare_editor_is_a_pipeline(tmp_path, clips):
+    from papers10.taming_hallucinations.pixels import PixelEditor
+
+    found = DualityForge([PixelEditor("brightness", delta=80, t0=2, t1=5)], store=tmp_path / "d").run(clips, 2)
+    assert len(found.dataset) == 2 and {record.context.region_name for record in found.dataset} == {"whole frame"}
+    told = []
+
+    class Remover(Nothing):
+        def edit(self, video, *, mask=None, instruction=None, **options):
+            told.append((instruction, mask))
+            return PixelEditor("noise", sigma=60).edit(video, mask=mask, **options)
+
+    square = np.ones((8, 32, 32), bool)
+    pipeline = EditorEdits(Remover("remover"), find=lambda video, draw: (square, "red square"), instruction="Remove the {it}.")
+    found = DualityForge([pipeline], store=tmp_path / "e").run(clips, 1)
+    assert told[0][0] == "Remove the red square." and told[0][1] is square and found.dataset[0].context.region_name == "red square"
+    assert pipeline.name == "editor remover"
 
 
 def test_filter_refuses(mixed):
