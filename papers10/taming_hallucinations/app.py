@@ -8,8 +8,10 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/command_line.
 __all__ = ['ACTIONS', 'program', 'Folder', 'Seed', 'Url', 'KeyEnv', 'Size', 'edit_command', 'forge_command', 'inspect_command',
            'answer_command', 'filter_command', 'score_command', 'export_command', 'schema_command', 'main']
 
-# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #4e2cb428
+# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #4fba2b45
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -30,7 +32,7 @@ ACTIONS = {
 
 program = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}, help="Pairs of clips that share a question.")
 
-# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #fc6fa3e7
+# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #883145af
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data set of pairs.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Url = Annotated[Optional[str], typer.Option(help="An OpenAI-compatible endpoint, with /v1.")]
@@ -77,6 +79,18 @@ def _client(url: str, key_env: str, cache: Path | None) -> Any:
     return HTTPChatClient(url, api_key_env=key_env, cache=cache)
 
 
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What an endpoint refuses becomes one line; what was written stays, and the same line goes on."""
+    from papers10.agents.client import BudgetExceeded, EndpointError
+    from papers10.core.config import ConfigError
+
+    try:
+        yield
+    except (EndpointError, BudgetExceeded) as error:
+        raise ConfigError(f"{error}; what is written stays, the same command goes on") from None
+
+
 def _telling(least: int = 20) -> Any:
     """Says how many are done, ten times in all, when there are many."""
     said = [0]
@@ -102,7 +116,7 @@ def _parameters(texts: list[str]) -> dict[str, Any]:
             found[name] = value
     return found
 
-# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #c22d511f
+# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #3d80c3cc
 @program.command("edit", help=ACTIONS["edit"])
 def edit_command(video: Annotated[Path, typer.Argument(metavar="FILM", help="A film, or a folder of pictures.")], operation: Annotated[str, typer.Option(help="What to do to the pixels.")], out: Annotated[Path, typer.Option(metavar="FILE", help="Film, .mp4 or .gif.")],
                  set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the operation; several times for several.")] = None, start: Annotated[float, typer.Option(min=0, help="Seconds.")] = 0.0, stop: Annotated[Optional[float], typer.Option(min=0, help="Seconds; the end when not given.")] = None,
@@ -168,11 +182,13 @@ def forge_command(out: Annotated[Path, typer.Option(metavar="FOLDER", help="The 
         client = None if url is None else _client(url, key_env, folder / "answers")
         judges = chat_judges(client, judge_model) if judge_model else []
         writers = (None, None) if writer_model is None else (ChatCaptioner(client, model=writer_model), ChatQuestionWriter(client, model=writer_model))
-        report = DualityForge(pipelines, judges, *writers, store=folder, min_votes=min_votes, max_tries=max_tries, format=format).run(sources, pairs, seed, progress=_telling())
+        forge = DualityForge(pipelines, judges, *writers, store=folder, min_votes=min_votes, max_tries=max_tries, format=format)
+        with _answering():
+            report = forge.run(sources, pairs, seed, progress=_telling())
         print(table(report.table(), ["gate", "seen", "passed", "acceptance", "seconds"], digits=3))
         print(f"{out}: {len(report.dataset)} pairs of {pairs} from {len(sources)} clips, {len(report.attempts)} attempts")
 
-# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #b465ebe3
+# %% ../../nbs/08_taming_hallucinations/20_command_line.ipynb #117b8fcc
 @program.command("inspect", help=ACTIONS["inspect"])
 def inspect_command(folder: Folder, pair: Annotated[Optional[str], typer.Option(metavar="ID", help="One pair.")] = None, out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="The pair as a film, .mp4 or .gif.")] = None,
                     verify: Annotated[bool, typer.Option("--verify", help="Compare every clip with its hash.")] = False, rejected: Annotated[int, typer.Option(min=0, help="Show so many refused edits.")] = 0) -> None:
@@ -224,7 +240,8 @@ def answer_command(folder: Folder, url: Annotated[str, typer.Option(help="An Ope
             raise ValueError(f"--out: expected a file .jsonl in a folder that is there, got {out}")
         data = _dataset(folder)
         policy = chat_policy(_client(url, key_env, None), model=model, frames=frames, temperature=0.0 if samples == 1 else temperature, max_tokens=max_tokens)
-        answer_pairs(policy, data, out.expanduser(), samples, seed=seed, progress=_telling())
+        with _answering():
+            answer_pairs(policy, data, out.expanduser(), samples, seed=seed, progress=_telling())
         print(f"{out}: answers of {model} to {len(data)} pairs")
 
 

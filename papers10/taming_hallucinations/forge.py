@@ -13,7 +13,7 @@ __all__ = ['REAL_CLIPS', 'SEVERITIES', 'TEMPORAL', 'ObjectFinder', 'GATES', 'ATT
            'FilterReport', 'changed_fraction', 'low_quality', 'filter_pairs', 'tiny_policy', 'sampled_policy',
            'chat_policy', 'answer_pairs']
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #92638323
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #ff1672b7
 import json
 import re
 import textwrap
@@ -35,7 +35,7 @@ from ..core.results import write_atomic
 from .captions import OracleCaption, TemplateCaptioner
 from .clips import OPTIONS, QUESTION_TEXT, QUESTIONS, PairClips, category, draw_pairs, scene_caption
 from .context import CounterfactualContext, Editor, EditResult, VideoEditor, check_clip
-from .dataset import BRANCHES, LETTERS, ClipSource, Journal, PairDataset, PairRecord, PairWriter, SftRecord, prompt_text, read_lines
+from .dataset import BRANCHES, LETTERS, ClipSource, Journal, PairDataset, PairRecord, PairWriter, SftRecord, content_hash, prompt_text, read_lines
 from .masks import motion_mask
 from .pixels import PixelEditor
 from .questions import SFT_KINDS, Planned, SftQuestion, SharedQuestion, TemplateQuestionWriter, TemplateSftWriter, place_options, plan_questions, reject_reason
@@ -105,7 +105,7 @@ def drawn_clips(n: int, *, seed: int, frames: int = 8, size: int = 32, noise: fl
     own = ClipSource(name="drawn", licence="Apache-2.0")
     return [SourceClip(f"drawn-{seed}-{i:04d}", pairs.real[i], fps, own, pairs[i : i + 1]) for i in range(n)]
 
-# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #d56bb568
+# %% ../../nbs/08_taming_hallucinations/12_forge.ipynb #692e73c7
 class Proposal(NamedTuple):
     """What an attempt shall do: `editor`, `mask` bool [F, H, W] or None, what goes into the context with it, and the question where the truth is known (right answers first)."""
 
@@ -162,10 +162,19 @@ ObjectFinder = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, str
 
 def moving_object(video: UInt8[np.ndarray, "F H W 3"], draw: np.random.Generator) -> tuple[np.ndarray, str]:
     """What moves by itself. Raises ValueError when nothing does. Source: stands for a detector where there is none, our choice."""
-    mask = motion_mask(video)
+    key = content_hash(video)
+    if key not in _MOVING:
+        # Several attempts look at one clip, and finding what moves costs more than all else.
+        while len(_MOVING) >= 8:
+            _MOVING.pop(next(iter(_MOVING)))
+        _MOVING[key] = motion_mask(video)
+    mask = _MOVING[key]
     if not mask.any():
         raise ValueError("moving object: nothing moves by itself")
-    return mask, "moving object"
+    return mask.copy(), "moving object"
+
+
+_MOVING: dict[str, np.ndarray] = {}
 
 
 def named_object(segmenter: Callable[[np.ndarray, str], np.ndarray], nouns: Sequence[str]) -> ObjectFinder:
@@ -242,10 +251,19 @@ ObjectFinder = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, str
 
 def moving_object(video: UInt8[np.ndarray, "F H W 3"], draw: np.random.Generator) -> tuple[np.ndarray, str]:
     """What moves by itself. Raises ValueError when nothing does. Source: stands for a detector where there is none, our choice."""
-    mask = motion_mask(video)
+    key = content_hash(video)
+    if key not in _MOVING:
+        # Several attempts look at one clip, and finding what moves costs more than all else.
+        while len(_MOVING) >= 8:
+            _MOVING.pop(next(iter(_MOVING)))
+        _MOVING[key] = motion_mask(video)
+    mask = _MOVING[key]
     if not mask.any():
         raise ValueError("moving object: nothing moves by itself")
-    return mask, "moving object"
+    return mask.copy(), "moving object"
+
+
+_MOVING: dict[str, np.ndarray] = {}
 
 
 def named_object(segmenter: Callable[[np.ndarray, str], np.ndarray], nouns: Sequence[str]) -> ObjectFinder:

@@ -139,6 +139,14 @@ def test_a_model_behind_an_endpoint_answers_and_is_scored(folder, records, tmp_p
     assert run(f"filter {folder} --answers {tmp_path / 's.jsonl'} --out {tmp_path / 'k.txt'}") == 0
 
 
+def test_an_endpoint_that_is_not_there_is_one_line(folder, tmp_path, monkeypatch):
+    openai = pytest.importorskip("openai")
+    # The retries of a lost connection would cost seconds.
+    monkeypatch.setattr(openai, "OpenAI", lambda *args, make=openai.OpenAI, **options: make(*args, **{**options, "max_retries": 0}))
+    with pytest.raises(ConfigError, match="cannot be reached.*goes on"):
+        run(f"answer {folder} --url http://127.0.0.1:9/v1 --model m --out {tmp_path / 'a.jsonl'}")
+
+
 def test_judges_behind_an_endpoint(tmp_path, endpoint):
     pytest.importorskip("openai")
     run(f"forge --drawn 2 --pairs 2 --url http://127.0.0.1:{endpoint.server_port}/v1 --judge-model a --judge-model b --out {tmp_path / 'd'}")
