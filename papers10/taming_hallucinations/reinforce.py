@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/reinforcement
 # %% auto #0
 __all__ = ['ARMS', 'PairRows', 'PairTask', 'Signals', 'note_signals', 'reinforce', 'branch_gradients']
 
-# %% ../../nbs/08_taming_hallucinations/15_reinforcement.ipynb #b445bfdb
+# %% ../../nbs/08_taming_hallucinations/15_reinforcement.ipynb #16fb2e33
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,10 +29,11 @@ from ..rl.trainer import PolicyTrainer, Rollouts
 from .clips import PairClips
 from .model import Examples, TinyVideoQA, accuracies, examples
 
+# %% ../../nbs/08_taming_hallucinations/15_reinforcement.ipynb #9ac913a1
 ARMS = ("grpo", "dapo", "pairs", "dna")
 """Ways to train that `reinforce` knows; `pairs` is `dna` without its scaling."""
 
-# %% ../../nbs/08_taming_hallucinations/15_reinforcement.ipynb #d49d2fa0
+
 class PairRows:
     """Endless batches of P row numbers, every pair once an epoch; with `state_dict`."""
 

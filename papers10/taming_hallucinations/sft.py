@@ -7,7 +7,7 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/balanced_trai
 # %% auto #0
 __all__ = ['SETTINGS', 'PairBatches', 'fine_tune']
 
-# %% ../../nbs/08_taming_hallucinations/13_balanced_training.ipynb #f908c7af
+# %% ../../nbs/08_taming_hallucinations/13_balanced_training.ipynb #811be8ea
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -23,10 +23,11 @@ from ..rl.sampling import BalancedBatchSampler
 from .clips import PairClips
 from .model import Examples, TinyVideoQA, answer_loss, examples
 
+# %% ../../nbs/08_taming_hallucinations/13_balanced_training.ipynb #230d451e
 SETTINGS = ("real", "cf", "paired")
 """What a fine-tuning sees: real clips, edits, or both in balance."""
 
-# %% ../../nbs/08_taming_hallucinations/13_balanced_training.ipynb #71eb0571
+
 class PairBatches:
     """Endless batches of questions about clips.
 
