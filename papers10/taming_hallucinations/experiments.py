@@ -46,13 +46,13 @@ class Scale(NamedTuple):
     pairs_per_step: int = 16
     generations: int = 16
 
-# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #971fbb45
+# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #7d0a935d
 DATA_ARMS = ("base", "real", "cf", "paired", "rehearsed")
 POLICY_ARMS = {
     "start": {}, "grpo": {}, "dapo": {}, "pairs": {}, "dna": {},
     "dna_batch": {"scope": "batch"}, "dna_halve": {"degenerate": "halve"}, "dna_drop": {"degenerate": "drop_pair"}, "dna_both": {"rule": "both"},
     "pairs_updates": {"updates": 4}, "dna_updates": {"updates": 4},
-    "grpo_samples": {"pairs_per_step": 40}, "dapo_samples": {"pairs_per_step": 8},
+    "grpo_samples": {"pairs_per_step": 40}, "dapo_samples": {"pairs_per_step": 10},
 }
 """arm -> changes of `reinforce`. What stands before "_" is the way to train; "start" is the supervised model itself; "_samples" draws about as many answers as "dna" does."""
 
