@@ -6,9 +6,9 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/experiments.h
 
 # %% auto #0
 __all__ = ['DATA_ARMS', 'POLICY_ARMS', 'Scale', 'clips_of', 'base_of', 'start_of', 'tuned_of', 'measured', 'data_trial',
-           'policy_trial', 'signal_curve', 'signal_trial', 'gradient_trial', 'filter_trial', 'forge_trial']
+           'policy_trial', 'signal_trial', 'gradient_trial', 'filter_trial', 'forge_trial']
 
-# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #a7bad8bb
+# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #b6448363
 import functools
 import tempfile
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ..core.checks import check_choice
 from ..core.random import generator, stream_seed
 from ..rl.advantages import dna_advantages, group_advantages
 from .clips import PairClips, draw_pairs
+from .duality import binary_signal
 from .model import TinyVideoQA, accuracies, examples, pretrain, untouched, without_pictures
 from .reinforce import PairTask, branch_gradients, reinforce
 from .sft import fine_tune
@@ -46,7 +47,7 @@ class Scale(NamedTuple):
     pairs_per_step: int = 16
     generations: int = 16
 
-# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #7d0a935d
+# %% ../../nbs/08_taming_hallucinations/22_experiments.ipynb #e21bea05
 DATA_ARMS = ("base", "real", "cf", "paired", "rehearsed")
 POLICY_ARMS = {
     "start": {}, "grpo": {}, "dapo": {}, "pairs": {}, "dna": {},
@@ -113,13 +114,8 @@ def policy_trial(arm: str, seed: int, scale: Scale = Scale()) -> dict[str, float
     )
     p, s, scaled = (signals.array(name) for name in ("accuracy", "signal", "scaled"))
     first, both = np.array(signals.step) < 20, (s > 1e-6).all(1)
-    told = {"samples": float(signals.samples), "curve_error": float(abs(s - signal_curve(p, scale.generations)).max()), "gap": float(abs(scaled[both, 0] - scaled[both, 1]).max())}
+    told = {"samples": float(signals.samples), "curve_error": float(abs(s - binary_signal(p, scale.generations, ddof=1)).max()), "gap": float(abs(scaled[both, 0] - scaled[both, 1]).max())}
     return measured(model, seed, scale) | told | {f"signal_{name}": float(s[first, k].mean()) for k, name in enumerate(("real", "cf"))}
-
-
-def signal_curve(p: np.ndarray, generations: int) -> np.ndarray:
-    """S(p) = 2 sqrt(p (1 - p)) sqrt((G - 1) / G): Eq. 9 with the sample deviation that GRPO divides by."""
-    return 2 * np.sqrt(p * (1 - p)) * np.sqrt((generations - 1) / generations)
 
 
 def signal_trial(arm: str, seed: int, *, pairs: int = 4000, generations: int = 16) -> dict[str, float]:
@@ -133,7 +129,7 @@ def signal_trial(arm: str, seed: int, *, pairs: int = 4000, generations: int = 1
     s, informative = info.signal, ~info.degenerate.any(1)
     own, other, scale = s[informative], s[informative].flip(1), info.branch_scale[informative]
     return {
-        "curve_error": float(abs(s.numpy() - signal_curve(rewards.mean(-1).numpy(), generations)).max()),
+        "curve_error": float(abs(s.numpy() - binary_signal(rewards.mean(-1).numpy(), generations, ddof=1)).max()),
         "scale_error": float((scale - (1 + other / own) / 2).abs().max()),
         "harmonic_error": float(((1 / scale).sum(1) - 2).abs().max()),
         "one_sided": float((info.degenerate[:, 0] ^ info.degenerate[:, 1]).double().mean()),
