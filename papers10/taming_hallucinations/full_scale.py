@@ -9,7 +9,7 @@ __all__ = ['INSTRUCTION', 'LICENCES', 'FullScale', 'from_parameters', 'requireme
            'load_sft', 'rl_rows', 'processed', 'check_sight', 'SftCollator', 'load_model', 'train_sft', 'train_rl',
            'evaluate', 'engine_command', 'train_one', 'launch', 'run_full_scale', 'record', 'save_miniature']
 
-# %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #8c35ef9d
+# %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #72f73d69
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ LICENCES = {"Qwen/Qwen2.5-VL-7B-Instruct": "Apache-2.0", "Qwen/Qwen2.5-VL-32B-In
 class FullScale(Config):
     """One run at full scale with one seed. Names are those of the presets file; `model_id` a hub id or folder, the `_jsonl` a folder that `forge` wrote or a JSONL file in it.
 
-    pictures: "frames" or one "sheet". max_pixels: of all frames together. lora_rank: 0 trains all weights. engine: "trl" trains here; "verl" and "swift" write a configuration and say the command.
+    pictures: "frames" or one "sheet". max_pixels: of all frames together. micro_batch: answers that a device trains on at once. lora_rank: 0 trains all weights. engine: "trl" trains here; "verl" and "swift" write a configuration and say the command.
     strategy: "single", "ddp" (torchrun) or "slurm". max_seconds: end of each training stage. A second launch on the same folder goes on where the first stopped.
     """
 
@@ -56,6 +56,7 @@ class FullScale(Config):
     rl_pairs_per_step: int = Field(default=32, ge=1)
     num_generations: int = Field(default=16, ge=2)
     rl_steps: int = Field(default=600, ge=1)
+    micro_batch: int = Field(default=8, ge=1)
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     kl_coef: float = Field(default=0.0, ge=0)
@@ -86,6 +87,9 @@ class FullScale(Config):
         for stage, key in (("sft", "sft_jsonl"), ("rl", "rl_jsonl"), ("test", "test_jsonl")):
             if self.stage in ("all", stage) and not getattr(self, key):
                 raise ConfigError(f"expected a folder or JSONL file for the stage {stage}, got none", key=key, value=None)
+        answers, together = 2 * self.rl_pairs_per_step * self.num_generations, self.micro_batch * self.devices
+        if self.stage in ("all", "rl") and self.engine == "trl" and answers % together:
+            raise ConfigError(f"expected a number that, times {self.devices} devices, divides the {answers} answers of a step, got {self.micro_batch}", key="micro_batch", value=self.micro_batch)
         if self.devices > 1 and self.strategy == "single":
             raise ConfigError(f"expected 'ddp' or 'slurm' with {self.devices} devices, got 'single'", key="strategy", value=self.strategy)
         return self
@@ -338,7 +342,7 @@ def _keep(trainer: Any, model: Any, processor: Any, target: Path, lora: bool) ->
     if trainer.accelerator.is_main_process:
         processor.save_pretrained(target)
 
-# %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #5aaf2785
+# %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #c6c8c2a9
 def train_rl(settings: FullScale, folder: Path) -> dict[str, float]:
     """Stage two from folder/sft (or `model_id` when there is none); leaves the model in folder/rl. Returns means of the logged numbers over the last tenth of the steps."""
     from papers10.rl.integrations import trl as plugin
@@ -351,10 +355,9 @@ def train_rl(settings: FullScale, folder: Path) -> dict[str, float]:
     change = check_sight(model, processor, pairs[0], pairs.frames(0, "real"), settings)
     rows = datasets.Dataset.from_list(rl_rows(pairs, settings))
     dna = settings.advantage == "dna"
-    block = 2 * settings.num_generations
     arguments = plugin.dna_config(str(folder / "rl-steps"), **{
-        **_arguments(settings), "learning_rate": settings.rl_lr, "num_generations": settings.num_generations, "per_device_train_batch_size": block,
-        "gradient_accumulation_steps": max(1, settings.rl_pairs_per_step // settings.devices), "max_steps": settings.rl_steps, "epsilon": settings.clip_low,
+        **_arguments(settings), "learning_rate": settings.rl_lr, "num_generations": settings.num_generations, "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": 2 * settings.num_generations * settings.rl_pairs_per_step // (settings.micro_batch * settings.devices), "max_steps": settings.rl_steps, "epsilon": settings.clip_low,
         "epsilon_high": settings.clip_low if settings.advantage == "grpo" else settings.clip_high, "beta": settings.kl_coef, "loss_type": "grpo" if settings.advantage == "grpo" else "dapo", "temperature": settings.temperature,
         "max_completion_length": settings.max_completion_length,
     })

@@ -36,6 +36,7 @@ def settings(place, **changes):
     options |= {
         "rl_pairs_per_step": 1,
         "num_generations": 2,
+        "micro_batch": 2,
         "rl_steps": 2,
         "max_completion_length": 4,
         "save_every": 1,
@@ -172,6 +173,7 @@ def test_parameters_of_the_preset_are_taken():
         ({"sft_batch": 3}, "sft_batch: expected an even number"),
         ({"devices": 2}, "strategy: expected 'ddp' or 'slurm'"),
         ({"rl_jsonl": None}, "rl_jsonl: expected a folder or JSONL file"),
+        ({"micro_batch": 3}, "micro_batch: expected a number that, times 1 devices, divides the 4 answers"),
         ({"advantage": "ppo"}, "advantage"),
     ],
 )
