@@ -84,7 +84,7 @@ def outside(tmp_path):
 
 def test_wheel_is_small_and_complete(wheel):
     # Notebooks with their outputs are about 4 MB a chapter, the small networks of NeoVerse 6 MB and of Avatar Forcing 2 MB; the package index takes 100 MB.
-    assert wheel.stat().st_size < 42_000_000
+    assert wheel.stat().st_size < 46_000_000
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
