@@ -454,15 +454,16 @@ class _FrameCache:
 class PairDataset:
     """The pairs of a folder, read when they are asked for.
 
-    folder: with pairs.jsonl. videos: folder that the clips' paths are relative to, when it is another. cache_bytes: of decoded frames in memory.
+    folder: with pairs.jsonl, or another JSONL file of pairs. videos: folder that the clips' paths are relative to, when it is another. cache_bytes: of decoded frames in memory.
     cache_folder: sampled frames are kept there as .npy files, for all processes and later runs.
 
     `data[3]`, `data["pair id"]` and iteration give `PairRecord`; `data[2:5]` a data set of these. Raises DataMissing without pairs.jsonl.
     """
 
     def __init__(self, folder: str | os.PathLike, *, videos: str | os.PathLike | None = None, cache_bytes: int = 256_000_000, cache_folder: str | os.PathLike | None = None):
-        self.folder = Path(folder).expanduser()
-        self.path = self.folder / PAIRS
+        place = Path(folder).expanduser()
+        self.path = place if place.is_file() else place / PAIRS
+        self.folder = self.path.parent
         if not self.path.is_file():
             raise DataMissing(f"{self.folder.name}: expected a folder with {PAIRS}, got none; `papers10 app taming-hallucinations forge` makes one")
         self.store = ClipStore(videos or self.folder)

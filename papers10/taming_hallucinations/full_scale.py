@@ -6,12 +6,14 @@ Docs: https://papers10.github.io/papers10/08_taming_hallucinations/full_scale.ht
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'LICENCES', 'FullScale', 'from_parameters', 'requirements', 'check', 'clip_pictures', 'conversation',
-           'load_sft', 'rl_rows', 'processed', 'check_sight', 'SftCollator', 'load_model', 'train_sft', 'train_rl',
-           'evaluate', 'engine_command', 'train_one', 'launch', 'run_full_scale', 'record', 'save_miniature']
+           'load_sft', 'rl_rows', 'with_pictures', 'processed', 'check_sight', 'SftCollator', 'load_model', 'train_sft',
+           'train_rl', 'evaluate', 'engine_command', 'train_one', 'launch', 'run_full_scale', 'record',
+           'save_miniature']
 
 # %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #72f73d69
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +25,11 @@ from pydantic import Field, model_validator
 from ..core.config import Config, ConfigError, from_mapping
 from ..core.data import DataMissing, hub_errors
 from ..core.optional import need
-from ..core.random import numpy_generator
+from ..core.random import numpy_generator, stream_seed
 from ..core.results import write_atomic
 from ..lm import pretraining
 from ..rl.sampling import BalancedBatchSampler
-from .dataset import BRANCHES, LETTERS, PairDataset, PairRecord, SftRecord, prompt_text, read_lines, uniform_frames
+from .dataset import BRANCHES, PairDataset, SftRecord, prompt_text, read_lines, uniform_frames
 
 INSTRUCTION = "Look at the pictures of a video, in order. Think inside <think></think>, then give the letter of the right option inside <answer></answer>."
 """What every prompt of the reinforcement and the test begins with; our words, the paper prints none."""
@@ -116,22 +118,22 @@ def requirements(settings: FullScale) -> str:
         "packages: pip install 'papers10[rl,lm,data]', and torchvision for Qwen's processor",
     ]
     if settings.dynamic_sampling and settings.engine == "trl":
-        lines.append("dynamic sampling: TRL draws nothing again; pairs without a signal get advantages of zero (verl and ms-swift draw again)")
+        lines.append("dynamic sampling: TRL draws nothing again; pairs without a signal get advantages of zero (ms-swift draws again, group by group)")
     return "\n".join(lines)
 
 
-def _folder(path: str) -> Path:
+def _place(path: str) -> Path:
     place = Path(path).expanduser()
     if not place.exists():
         raise DataMissing(f"{path}: expected a folder that `papers10 app taming-hallucinations forge` wrote, or a JSONL file in one; nothing is there")
-    return place if place.is_dir() else place.parent
+    return place
 
 
 def check(settings: FullScale) -> None:
     """Raise at once what would fail later: files, packages, GPUs. DataMissing, MissingExtra, BackendUnavailable."""
     for path in (settings.sft_jsonl if settings.stage in ("all", "sft") else None, settings.rl_jsonl if settings.stage in ("all", "rl") else None, settings.test_jsonl if settings.stage in ("all", "test") else None):
         if path:
-            _folder(path)
+            _place(path)
     need("transformers", "lm", "the model")
     if settings.stage in ("all", "rl") and settings.engine == "trl":
         need("trl", "rl", "reinforcement")
@@ -168,30 +170,42 @@ def conversation(text: str, pictures: int, answer: str | None = None) -> list[di
 
 
 def load_sft(path: str) -> tuple[list[SftRecord], Any]:
-    """Training questions of a JSONL file or folder, and the store of their clips. A folder without `sft.jsonl` gives the shared questions of its pairs, once for each clip."""
+    """Training questions of a JSONL file or folder, and the store of their clips. Pairs, or a folder without `sft.jsonl`, give their shared questions, once for each clip."""
     from papers10.taming_hallucinations.dataset import ClipStore
 
-    folder, place = _folder(path), Path(path).expanduser()
-    file = folder / "sft.jsonl" if place.is_dir() else place
-    if file.is_file() and file.name != "pairs.jsonl":
-        return [from_mapping(SftRecord, row, path=str(file)) for row in read_lines(file)], ClipStore(folder)
-    records = []
-    for pair in PairDataset(folder):
+    place = _place(path)
+    file = place / "sft.jsonl" if place.is_dir() else place
+    if file.is_file() and "kind" in next(iter(read_lines(file)), {}):
+        return [from_mapping(SftRecord, row, path=str(file)) for row in read_lines(file)], ClipStore(file.parent)
+    records, pairs = [], PairDataset(place)
+    for pair in pairs:
         for branch in BRANCHES:
             member = pair.member(branch)
             records.append(SftRecord(id=f"{pair.pair_id}-{branch}", video=member.video, branch=branch, kind="binary", question=pair.question, options=pair.options, answer=member.answer, pair_id=pair.pair_id))
-    return records, ClipStore(folder)
+    return records, pairs.store
 
 
 def rl_rows(pairs: PairDataset, settings: FullScale) -> list[dict[str, Any]]:
-    """Rows for TRL: prompt, images, answer, options, pair_id and branch, two rows a pair."""
+    """Rows for TRL without their pictures: prompt, answer, options, pair_id, branch, and the row of the pair; two a pair."""
     rows = []
     for i, pair in enumerate(pairs):
         for branch in BRANCHES:
-            pictures = clip_pictures(pairs.frames(i, branch), settings.n_frames, settings.max_pixels, settings.pictures)
+            count = 1 if settings.pictures == "sheet" else len(uniform_frames(len(pairs.clip(i, branch).video), settings.n_frames))
             text = f"{INSTRUCTION}\n{prompt_text(pair.question, pair.options)}"
-            rows.append({"prompt": conversation(text, len(pictures)), "images": pictures, "answer": pair.member(branch).answer, "options": list(pair.options), "pair_id": pair.pair_id, "branch": branch})
+            rows.append({"prompt": conversation(text, count), "answer": pair.member(branch).answer, "options": list(pair.options), "pair_id": pair.pair_id, "branch": branch, "row": i})
     return rows
+
+
+def with_pictures(pairs: PairDataset, settings: FullScale) -> Any:
+    """The rows as a `datasets.Dataset` whose pictures are read when a row is asked for: those of a large set would not fit into memory."""
+    made = need("datasets", "rl", "reinforcement").Dataset.from_list(rl_rows(pairs, settings))
+
+    def look(batch: dict[str, list]) -> dict[str, list]:
+        if "row" not in batch or "branch" not in batch:
+            return batch
+        return {**batch, "images": [clip_pictures(pairs.frames(i, b), settings.n_frames, settings.max_pixels, settings.pictures) for i, b in zip(batch["row"], batch["branch"])]}
+
+    return made.with_transform(look)
 
 # %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #ac346932
 def processed(processor: Any, messages: Sequence[list], pictures: Sequence[list], *, prompt: bool) -> Any:
@@ -201,14 +215,14 @@ def processed(processor: Any, messages: Sequence[list], pictures: Sequence[list]
 
 
 @torch.no_grad()
-def check_sight(model: Any, processor: Any, pair: PairRecord, video: np.ndarray, settings: FullScale) -> float:
+def check_sight(model: Any, processor: Any, text: str, video: np.ndarray, settings: FullScale) -> float:
     """Largest change of the next token's probability when the clip is replaced by noise. Raises RuntimeError when the prompt has no place for pictures or nothing changes."""
     noise = numpy_generator(settings.seed, "sight").integers(0, 256, video.shape, dtype=np.uint8)
     seen = []
     for clip in (video, noise):
         pictures = clip_pictures(clip, settings.n_frames, settings.max_pixels, settings.pictures)
-        inputs = processed(processor, [conversation(prompt_text(pair.question, pair.options), len(pictures))], [pictures], prompt=True)
-        blind = processor.tokenizer(processor.apply_chat_template(conversation(prompt_text(pair.question, pair.options), 0), tokenize=False, add_generation_prompt=True), return_tensors="pt")
+        inputs = processed(processor, [conversation(text, len(pictures))], [pictures], prompt=True)
+        blind = processor.tokenizer(processor.apply_chat_template(conversation(text, 0), tokenize=False, add_generation_prompt=True), return_tensors="pt")
         if "pixel_values" not in inputs or inputs["input_ids"].shape[1] <= blind["input_ids"].shape[1]:
             raise RuntimeError("sight: the processor made no tokens of the pictures, so the model would train blind; check its chat template and version")
         seen.append(model(**inputs.to(model.device)).logits[0, -1].float().softmax(-1))
@@ -284,6 +298,21 @@ def _arguments(settings: FullScale) -> dict[str, Any]:
     }
 
 
+def _deadline(seconds: float | None) -> list[Any]:
+    """A callback that stops training after so many seconds; the model is kept as at any end."""
+    transformers = need("transformers", "lm", "training")
+
+    class Deadline(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.began = time.monotonic()
+
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = control.should_training_stop or time.monotonic() - self.began > seconds
+            return control
+
+    return [] if seconds is None else [Deadline()]
+
+
 def _lora(settings: FullScale) -> Any:
     return need("peft", "rl", "LoRA").LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if settings.lora_rank else None
 
@@ -306,7 +335,7 @@ def _resumed(source: str | Path, steps: Path, settings: FullScale) -> tuple[Any,
 
 
 def train_sft(settings: FullScale, folder: Path) -> dict[str, float]:
-    """Stage one; leaves the model in folder/sft. Returns first and last loss, and steps."""
+    """Stage one; leaves the model in folder/sft. Returns the check of sight, steps, first and last loss."""
     transformers = need("transformers", "lm", "supervised training")
     model, processor = _resumed(settings.model_id, folder / "sft-steps", settings)
     records, store = load_sft(settings.sft_jsonl)
@@ -314,21 +343,24 @@ def train_sft(settings: FullScale, folder: Path) -> dict[str, float]:
     if not 0 < rows.n_real < len(rows):
         raise ValueError(f"sft_jsonl: expected questions about real clips and about edits, got {rows.n_real} and {len(rows) - rows.n_real}")
 
+    change = check_sight(model, processor, records[0].question, store.get(records[0].video).video, settings)
+
     class BalancedTrainer(transformers.Trainer):
         def _get_train_sampler(self, *_):
             return _Balanced(rows, settings.sft_batch, settings.seed)
 
     lora = _lora(settings)
+    torch.manual_seed(stream_seed(settings.seed, "lora"))
     if lora is not None:
         model = need("peft", "rl", "LoRA").get_peft_model(model, lora)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "sft-steps"), per_device_train_batch_size=settings.sft_batch, num_train_epochs=settings.sft_epochs, learning_rate=settings.sft_lr, dataloader_drop_last=True, **_arguments(settings),
     )
-    trainer = BalancedTrainer(model=model, args=arguments, train_dataset=rows, data_collator=SftCollator(processor, store, settings))
+    trainer = BalancedTrainer(model=model, args=arguments, train_dataset=rows, data_collator=SftCollator(processor, store, settings), callbacks=_deadline(settings.max_seconds))
     trainer.train(resume_from_checkpoint=_newest(folder / "sft-steps"))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     _keep(trainer, model, processor, folder / "sft", lora is not None)
-    return {"loss_first": losses[0], "loss_last": losses[-1], "steps": float(trainer.state.global_step)} if losses else {"steps": float(trainer.state.global_step)}
+    return {"sight": change, "steps": float(trainer.state.global_step)} | ({"loss_first": losses[0], "loss_last": losses[-1]} if losses else {})
 
 
 def _keep(trainer: Any, model: Any, processor: Any, target: Path, lora: bool) -> None:
@@ -341,6 +373,8 @@ def _keep(trainer: Any, model: Any, processor: Any, target: Path, lora: bool) ->
         trainer.save_model(str(target))
     if trainer.accelerator.is_main_process:
         processor.save_pretrained(target)
+    # The next stage reads this folder in every process.
+    trainer.accelerator.wait_for_everyone()
 
 # %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #c6c8c2a9
 def train_rl(settings: FullScale, folder: Path) -> dict[str, float]:
@@ -348,12 +382,11 @@ def train_rl(settings: FullScale, folder: Path) -> dict[str, float]:
     from papers10.rl.integrations import trl as plugin
     from papers10.rl.rewards import combine, format_reward, option_reward
 
-    datasets = need("datasets", "rl", "reinforcement")
     start = folder / "sft" if (folder / "sft").is_dir() else settings.model_id
     model, processor = _resumed(start, folder / "rl-steps", settings)
-    pairs = PairDataset(_folder(settings.rl_jsonl))
-    change = check_sight(model, processor, pairs[0], pairs.frames(0, "real"), settings)
-    rows = datasets.Dataset.from_list(rl_rows(pairs, settings))
+    pairs = PairDataset(_place(settings.rl_jsonl))
+    change = check_sight(model, processor, prompt_text(pairs[0].question, pairs[0].options), pairs.frames(0, "real"), settings)
+    rows = with_pictures(pairs, settings)
     dna = settings.advantage == "dna"
     arguments = plugin.dna_config(str(folder / "rl-steps"), **{
         **_arguments(settings), "learning_rate": settings.rl_lr, "num_generations": settings.num_generations, "per_device_train_batch_size": settings.micro_batch,
@@ -361,9 +394,10 @@ def train_rl(settings: FullScale, folder: Path) -> dict[str, float]:
         "epsilon_high": settings.clip_low if settings.advantage == "grpo" else settings.clip_high, "beta": settings.kl_coef, "loss_type": "grpo" if settings.advantage == "grpo" else "dapo", "temperature": settings.temperature,
         "max_completion_length": settings.max_completion_length,
     })
+    torch.manual_seed(stream_seed(settings.seed, "lora"))
     trainer = plugin.GroupRelativeTrainer(
         model=model, reward_funcs=combine({option_reward: 1.0, format_reward(): settings.format_weight}), args=arguments, processing_class=processor, train_dataset=rows, peft_config=_lora(settings),
-        advantage_fn="dna_grpo" if dna else "grpo", advantage_options={"scope": settings.dna_scope, "degenerate": settings.dna_degenerate} if dna else None, paired=True,
+        advantage_fn="dna_grpo" if dna else "grpo", advantage_options={"scope": settings.dna_scope, "degenerate": settings.dna_degenerate} if dna else None, paired=True, callbacks=_deadline(settings.max_seconds),
     )
     trainer.train(resume_from_checkpoint=_newest(folder / "rl-steps"))
     _keep(trainer, model, processor, folder / "rl", settings.lora_rank > 0)
@@ -382,7 +416,7 @@ def evaluate(settings: FullScale, folder: Path) -> dict[str, float]:
     source = next((str(folder / name) for name in ("rl", "sft") if (folder / name).is_dir()), settings.model_id)
     model, processor = load_model(source, settings)
     model.to(settings.device).eval()
-    pairs = PairDataset(_folder(settings.test_jsonl))
+    pairs = PairDataset(_place(settings.test_jsonl))
     with Journal(folder / "answers.jsonl", "id") as journal:
         for i, pair in enumerate(pairs):
             for branch in BRANCHES:
@@ -400,11 +434,11 @@ def evaluate(settings: FullScale, folder: Path) -> dict[str, float]:
     return {**{kind: float(getattr(report, kind).mean) for kind in ("real", "cf", "both")}, "both_low": float(report.both.low), "both_high": float(report.both.high), "unreadable": float(np.mean([(found[b] < 0).mean() for b in BRANCHES])), "pairs": float(len(pairs))}
 
 # %% ../../nbs/08_taming_hallucinations/19_full_scale.ipynb #f20529af
-def engine_command(settings: FullScale, folder: str | Path) -> list[str]:
-    """The command that trains stage two with verl or ms-swift; rows and, for ms-swift, the plug-in file are written into `folder`."""
-    folder = Path(folder)
+def engine_command(settings: FullScale, folder: str | Path, *, model: str | Path | None = None) -> list[str]:
+    """A command that trains stage two with verl or ms-swift from `model` (`model_id` if None), to be completed with a reward; rows and, for ms-swift, the plug-in file are written into `folder`."""
+    folder, model = Path(folder), str(model or settings.model_id)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, estimator = PairDataset(_folder(settings.rl_jsonl)), "dna_grpo" if settings.advantage == "dna" else "grpo"
+    pairs, estimator = PairDataset(_place(settings.rl_jsonl)), "dna_grpo" if settings.advantage == "dna" else "grpo"
     lines = []
     for pair in pairs:
         for branch in BRANCHES:
@@ -415,7 +449,7 @@ def engine_command(settings: FullScale, folder: str | Path) -> list[str]:
     if settings.engine == "verl":
         return [
             "python", "-m", "verl.trainer.main_ppo", f"algorithm.adv_estimator={estimator}", f"data.train_files={folder / 'rl_rows.jsonl'}", f"data.train_batch_size={2 * settings.rl_pairs_per_step}",
-            f"actor_rollout_ref.model.path={settings.model_id}", f"actor_rollout_ref.rollout.n={settings.num_generations}", f"actor_rollout_ref.rollout.temperature={settings.temperature}",
+            f"actor_rollout_ref.model.path={model}", f"actor_rollout_ref.rollout.n={settings.num_generations}", f"actor_rollout_ref.rollout.temperature={settings.temperature}",
             f"actor_rollout_ref.actor.optim.lr={settings.rl_lr}", f"actor_rollout_ref.actor.clip_ratio_low={settings.clip_low}", f"actor_rollout_ref.actor.clip_ratio_high={settings.clip_high}",
             "actor_rollout_ref.actor.loss_agg_mode=token-mean", f"trainer.total_training_steps={settings.rl_steps}", f"trainer.n_gpus_per_node={settings.devices}", f"trainer.save_freq={settings.save_every}",
         ]
@@ -424,7 +458,7 @@ def engine_command(settings: FullScale, folder: str | Path) -> list[str]:
 
         plugin = write_plugin(folder / "papers10_swift.py", estimator)
         return [
-            "swift", "rlhf", "--rlhf_type", "grpo", "--model", settings.model_id, "--dataset", str(folder / "rl_rows.jsonl"), "--external_plugins", str(plugin), "--num_generations", str(settings.num_generations),
+            "swift", "rlhf", "--rlhf_type", "grpo", "--model", model, "--dataset", str(folder / "rl_rows.jsonl"), "--external_plugins", str(plugin), "--num_generations", str(settings.num_generations),
             "--learning_rate", str(settings.rl_lr), "--epsilon", str(settings.clip_low), "--epsilon_high", str(settings.clip_high), "--beta", str(settings.kl_coef), "--loss_type", "dapo",
             "--max_steps", str(settings.rl_steps), "--save_steps", str(settings.save_every), *(["--dynamic_sample", "true"] if settings.dynamic_sampling else []),
         ]
@@ -443,7 +477,7 @@ def train_one(settings: FullScale | Mapping[str, Any], folder: str | os.PathLike
         if settings.stage not in ("all", name) or name in done:
             continue
         if name == "rl" and settings.engine != "trl":
-            done[name] = {"command": " ".join(engine_command(settings, folder / settings.engine))}
+            done[name] = {"command": " ".join(engine_command(settings, folder / settings.engine, model=folder / "sft" if (folder / "sft").is_dir() else None))}
         elif name != "test" or first:
             done[name] = run(settings, folder)
         if first:

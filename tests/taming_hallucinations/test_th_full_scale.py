@@ -110,15 +110,33 @@ def test_labels_are_the_answer_and_nothing_else(place, model):
 
 def test_a_model_that_sees_nothing_is_refused(place, model, monkeypatch):
     network, processor = model
-    pairs = PairDataset(place / "pairs")
-    assert fs.check_sight(network, processor, pairs[0], pairs.frames(0, "real"), settings(place)) > 0
-    monkeypatch.setattr(
-        fs,
-        "conversation",
-        lambda text, pictures, answer=None: [{"role": "user", "content": [{"type": "text", "text": text}]}],
-    )
-    with pytest.raises((RuntimeError, ValueError)):
-        fs.check_sight(network, processor, pairs[0], pairs.frames(0, "real"), settings(place))
+    video = PairDataset(place / "pairs").frames(0, "real")
+    assert fs.check_sight(network, processor, "What?", video, settings(place)) > 0
+    real = fs.processed
+
+    def blind(*given, **options):
+        inputs = real(*given, **options)
+        inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+        return inputs
+
+    monkeypatch.setattr(fs, "processed", blind)
+    with pytest.raises(RuntimeError, match="answers a clip and noise alike"):
+        fs.check_sight(network, processor, "What?", video, settings(place))
+
+
+def test_files_of_pairs_are_read_and_not_their_neighbours(place, tmp_path):
+    lines = (place / "pairs" / "pairs.jsonl").read_text().splitlines()
+    mine = place / "pairs" / "test.jsonl"
+    mine.write_text(lines[2] + "\n")
+    try:
+        found = fs.evaluate(settings(place, stage="test", test_jsonl=str(mine)), tmp_path)
+        assert found["pairs"] == 1 and len(fs.load_sft(str(mine))[0]) == 2
+    finally:
+        mine.unlink()
+
+
+def test_training_stops_at_its_deadline(place, tmp_path):
+    assert fs.train_sft(settings(place, sft_epochs=50, max_seconds=1e-6), tmp_path)["steps"] == 1
 
 
 def test_pictures_keep_to_the_budget():
@@ -130,9 +148,10 @@ def test_pictures_keep_to_the_budget():
 
 
 def test_rows_for_reinforcement_hold_both_members(place):
-    rows = fs.rl_rows(PairDataset(place / "pairs"), settings(place))
+    rows = fs.with_pictures(PairDataset(place / "pairs"), settings(place))
+    assert len(rows[0]["images"]) == 1 and list(rows["branch"]) == ["real", "cf"] * 4
     assert [row["branch"] for row in rows] == ["real", "cf"] * 4
-    for real, cf in zip(rows[::2], rows[1::2]):
+    for real, cf in zip(list(rows)[::2], list(rows)[1::2]):
         assert real["pair_id"] == cf["pair_id"] and real["prompt"] == cf["prompt"] and real["answer"] != cf["answer"]
 
 

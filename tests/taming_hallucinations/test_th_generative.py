@@ -67,11 +67,11 @@ def test_reference_masks_stand_at_the_right_end(pipeline, clip, region):
     reference = np.full((30, 34, 3), 200, np.uint8)
     result = vace(pipeline, exact=False).edit(clip, mask=region, instruction="turn red", reference=reference)
     assert result.video.shape == clip.shape
-    mask = np.zeros((1, 1, 9, 32, 48))
+    mask = np.ones((1, 1, 9, 32, 48))
     import torch
 
     prepared = pipeline.prepare_masks(torch.tensor(mask, dtype=torch.float32), [[torch.zeros(3, 32, 48)]])
-    assert prepared.shape[2] == 3 + 1 and not prepared[:, :, 0].any()
+    assert prepared.shape[2] == 3 + 1 and not prepared[:, :, 0].any() and prepared[:, :, 1:].all()
 
 
 def test_both_ends_of_an_interpolation_stay(pipeline, clip):
