@@ -20,7 +20,7 @@ from ..core.checks import check_choice, check_range
 from ..core.config import replace
 from ..core.optional import need
 from .context import LEVEL_OF, CounterfactualContext, Editor, EditResult, check_clip, check_mask, check_segment
-from .pixels import edit_pixels
+from .pixels import edit_pixels, plain_options
 
 # %% ../../nbs/08_taming_hallucinations/06_object_edits.ipynb #c6220075
 def grown(mask: Bool[np.ndarray, "F H W"], radius: int = 2) -> Bool[np.ndarray, "F H W"]:
@@ -114,6 +114,8 @@ def _backwards(mask, t0, t1):
 
 
 def _upwards(mask, t0, t1):
+    if not mask[t0].any():
+        raise ValueError(f"t0: expected the thing in frame {t0}, from which its fall is counted; the mask is empty there")
     c = centres(mask)
     return {t: Placement(t, 0, int(round(-2 * (c[t, 1] - c[t0, 1])))) for t in range(t0, t1) if mask[t].any()}
 
@@ -209,6 +211,13 @@ def edit_object(
     thing = check_mask(mask, video)
     if operation != "insert_object" and (thing is None or not thing[first:end].any()):
         raise ValueError(f"mask: expected the thing somewhere in frames {first} to {end - 1}, got {'no mask' if thing is None else 'an empty one'}")
+    check_range("fps", fps, 0, open=True)
+    if not region_name.strip():
+        raise ValueError("region_name: expected a noun phrase, got an empty text")
+    for name in {"shift", "start", "end"} & set(options):
+        pair = np.asarray(options[name])
+        if pair.shape != (2,) or not np.issubdtype(pair.dtype, np.integer):
+            raise ValueError(f"{name}: expected two whole numbers of pixels, got {options[name]!r}")
     if set(options) != set(known.options):
         raise ValueError(f"{operation}: expected the options {', '.join(known.options) or 'none'}, got {', '.join(sorted(options)) or 'none'}")
     if known.plan is not None:
@@ -225,7 +234,7 @@ def edit_object(
     it = region_name if region_name.split()[0] in ("the", "a", "an") else f"the {region_name}"
     context = CounterfactualContext(
         anomaly_type=known.anomaly_type, level=LEVEL_OF[known.anomaly_type], region_type="object", region_name=region_name, start_s=first / fps, end_s=end / fps,
-        instruction=instruction or known.instruction.format(it=it), params={"operation": operation, "fill": fill, **{name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}},
+        instruction=instruction or known.instruction.format(it=it), params={"operation": operation, "fill": fill, **plain_options(options)},
         editor=Editor(name=f"objects:{operation}", version="1", seed=seed),
     )
     return EditResult(out, allowed, context)

@@ -125,6 +125,10 @@ def test_an_editor_of_the_pipeline_keeps_the_contract():
         ("passes_through", {"t0": 0}, "so that it has a speed"),
         ("remove_object", {"fill": "blur"}, "fill: expected"),
         ("remove_object", {"t0": 8}, "t0, t1: expected"),
+        ("remove_object", {"fps": 0}, "fps"),
+        ("remove_object", {"region_name": " "}, "region_name: expected a noun phrase"),
+        ("teleport", {"shift": (1.5, 0)}, "shift: expected two whole numbers"),
+        ("teleport", {"shift": (1, 2, 3)}, "shift: expected two whole numbers"),
     ],
 )
 def test_refusals_name_argument_and_value(operation, options, message):
@@ -145,3 +149,17 @@ def test_a_placement_from_an_empty_frame_is_refused():
     mask[2] = False
     with pytest.raises(ValueError, match="the mask is empty there"):
         o.recompose(video, mask, {4: o.Placement(2)})
+
+
+def test_a_fall_is_counted_from_a_frame_with_the_thing():
+    video, mask = falling()
+    mask = mask.copy()
+    mask[4] = False
+    with pytest.raises(ValueError, match="t0: expected the thing in frame 4"):
+        o.gravity_flip(video, mask, t0=4)
+
+
+def test_numbers_of_numpy_go_into_the_context():
+    video, mask = falling()
+    context = o.teleport(video, mask, np.array([3, 0]), t0=4).context
+    assert context.from_json(context.to_json()) == context and context.params["shift"] == [3, 0]

@@ -114,6 +114,9 @@ def test_an_editor_of_the_pipeline_keeps_the_contract():
         ("noise", {"sigma": 10, "t0": 5, "t1": 5}, "t0, t1: expected"),
         ("noise", {"sigma": 10, "fps": 0}, "fps"),
         ("channel_swap", {"order": (0, 0, 1)}, "order: expected"),
+        ("local_swirl", {"strength": 3.0, "radius": float("nan")}, "radius"),
+        ("local_swirl", {"strength": 3.0, "radius": -1.0}, "radius"),
+        ("pixelate", {"block": 2.5}, "block: expected a whole number"),
     ],
 )
 def test_refusals_name_argument_and_value(operation, options, message):
@@ -125,3 +128,8 @@ def test_one_frame_has_no_order():
     with pytest.raises(ValueError, match="needs at least two"):
         pixels.edit_pixels(clip(1), "reverse")
     assert pixels.edit_pixels(clip(1), "brightness", delta=20).video.shape == (1, 11, 13, 3)
+
+
+def test_numbers_of_numpy_go_into_the_context():
+    context = pixels.edit_pixels(clip(), "brightness", delta=np.int64(30)).context
+    assert context.from_json(context.to_json()) == context and context.params["delta"] == 30
